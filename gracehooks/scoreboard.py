@@ -1,0 +1,325 @@
+"""One page of shared memory a worker: what it does now, readable by the master at any time, also after its death.
+
+The worker object is made in the master before the fork, so one anonymous mapping is seen by both: no file, no lock, no
+system call. The worker writes; the master reads, and writes `order`. A slot is published by writing its state byte last
+and freed by writing that byte first, so a reader never sees half a slot, even when the writer was killed between two
+stores. When the slots run out the counters stay exact and only the names of the rest are given up.
+
+This module knows no server, no signal and no settings.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+__all__ = ["JobInFlight", "Order", "Outcome", "Page", "Phase", "RequestInFlight"]
+
+
+class Phase(IntEnum):
+    """Where a worker is in its life; the order is the order in which it passes through."""
+
+    BOOTING = 0
+    SERVING = 1
+    LAME_DUCK = 2
+    ACCEPTING_ENDS = 3
+    REQUESTS = 4
+    JOBS = 5
+    CLEANUP = 6
+    ENDED = 7
+
+
+class Order(IntEnum):
+    """What the master wants of a worker: written before the signal is sent, so one that still boots learns of it."""
+
+    NONE = 0
+    LAME_DUCK = 1  #: serve on, but answer 503 to readiness
+    RETIRE = 2  #: leave; others hold the listener, the backlog is theirs
+    STOP = 3  #: leave; serve the backlog first, nobody else will
+
+
+class Outcome(IntEnum):
+    """How a job ended."""
+
+    SUCCEEDED = 0
+    FAILED = 1
+    CANCELLED = 2
+    ABANDONED = 3
+    REJECTED = 4
+
+
+@dataclass(frozen=True)
+class RequestInFlight:
+    """A request that has begun and not ended; `started` is monotonic seconds, `path` has no query."""
+
+    method: str
+    path: str
+    started: float
+
+    @property
+    def age(self) -> float:
+        """Seconds since it began."""
+        return max(0.0, time.monotonic() - self.started)
+
+
+@dataclass(frozen=True)
+class JobInFlight:
+    """A job that was accepted and has not ended; `started` is monotonic seconds."""
+
+    id: int
+    name: str
+    kind: str
+    started: float
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was accepted."""
+        return max(0.0, time.monotonic() - self.started)
+
+
+# The head: fixed offsets, eight bytes each, aligned, so that one store is one store.
+_PHASE, _ORDER, _READY, _REPLACE = 0, 8, 16, 24
+_HEARTBEAT = 32
+_BEGUN, _ANSWERED = 40, 48
+_ACCEPTED, _OUTCOMES = 56, 64  # five outcomes follow: 64 … 96
+_PHASE_SINCE = 104
+_FAILURE_SIZE, _REPORT_SIZE = 112, 120
+_FAILURE, _FAILURE_ROOM = 128, 1024
+_REPORT, _REPORT_ROOM = _FAILURE + _FAILURE_ROOM, 48 * 1024
+_SLOTS = _REPORT + _REPORT_ROOM
+
+_I64 = struct.Struct("=q")
+_F64 = struct.Struct("=d")
+_REQUEST = struct.Struct("=bxxxxxxxd8sH102s")  # state, started, method, length of the path, path
+_REQUEST_SIZE, _PATH_ROOM = 128, 102
+_JOB = struct.Struct("=bxxxxxxxdq12sH90s")  # state, started, id, kind, length of the name, name
+_JOB_SIZE, _NAME_ROOM = 128, 90
+_FREE, _TAKEN = 0, 1
+
+
+class Page:
+    """The scoreboard of one worker: `requests` and `jobs` are the numbers of named slots (1 or more)."""
+
+    def __init__(self, requests: int = 256, jobs: int = 512) -> None:
+        self._request_slots = requests
+        self._job_slots = jobs
+        self._jobs_at = _SLOTS + requests * _REQUEST_SIZE
+        self._map = mmap.mmap(-1, self._jobs_at + jobs * _JOB_SIZE)
+        # A deque's append and pop are atomic: slots are taken by threads, without a lock.
+        self._free_requests: deque[int] = deque(range(requests - 1, -1, -1))
+        self._free_jobs: deque[int] = deque(range(jobs - 1, -1, -1))
+        # Counters are read-modify-write, so they have a lock; it lives in the worker alone.
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Give the memory back; the page cannot be read any more."""
+        self._map.close()
+
+    # -- the head ------------------------------------------------------------------------------------------------
+    def _get(self, at: int) -> int:
+        return int(_I64.unpack_from(self._map, at)[0])
+
+    def _set(self, at: int, value: int) -> None:
+        _I64.pack_into(self._map, at, value)
+
+    @property
+    def phase(self) -> Phase:
+        """Where the worker is."""
+        return Phase(self._get(_PHASE))
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        _F64.pack_into(self._map, _PHASE_SINCE, time.monotonic())
+        self._set(_PHASE, phase)
+        if phase >= Phase.SERVING:
+            self._set(_READY, 1)
+
+    @property
+    def phase_since(self) -> float:
+        """When the worker entered its phase, in monotonic seconds; 0.0 before the first change."""
+        return float(_F64.unpack_from(self._map, _PHASE_SINCE)[0])
+
+    @property
+    def ready(self) -> bool:
+        """Whether the worker has ever been ready to serve."""
+        return bool(self._get(_READY))
+
+    @property
+    def order(self) -> Order:
+        """What the master wants of the worker."""
+        return Order(self._get(_ORDER))
+
+    @order.setter
+    def order(self, order: Order) -> None:
+        self._set(_ORDER, order)
+
+    @property
+    def wants_replacement(self) -> bool:
+        """Whether the worker has reached `max_requests` and waits for its replacement."""
+        return bool(self._get(_REPLACE))
+
+    @wants_replacement.setter
+    def wants_replacement(self, value: bool) -> None:
+        self._set(_REPLACE, int(value))
+
+    @property
+    def heartbeat(self) -> float:
+        """When the worker last said that it turns, in monotonic seconds."""
+        return float(_F64.unpack_from(self._map, _HEARTBEAT)[0])
+
+    @heartbeat.setter
+    def heartbeat(self, at: float) -> None:
+        _F64.pack_into(self._map, _HEARTBEAT, at)
+
+    def _get_text(self, at: int, size_at: int) -> str:
+        size = self._get(size_at)
+        return self._map[at : at + size].decode("utf-8", "replace")
+
+    def _set_text(self, at: int, room: int, size_at: int, text: str) -> None:
+        raw = text.encode("utf-8", "replace")[:room]
+        self._set(size_at, 0)
+        self._map[at : at + len(raw)] = raw
+        self._set(size_at, len(raw))
+
+    @property
+    def failure(self) -> str:
+        """Why the worker could not become ready; empty while it can."""
+        return self._get_text(_FAILURE, _FAILURE_SIZE)
+
+    @failure.setter
+    def failure(self, text: str) -> None:
+        self._set_text(_FAILURE, _FAILURE_ROOM, _FAILURE_SIZE, text)
+
+    @property
+    def report(self) -> str:
+        """The JSON that the worker wrote at a forced end, with stacks; empty where it had no turn to write."""
+        return self._get_text(_REPORT, _REPORT_SIZE)
+
+    @report.setter
+    def report(self, text: str) -> None:
+        if len(text.encode()) > _REPORT_ROOM:
+            return  # half a JSON text is worth nothing; the slots still name what was lost
+        self._set_text(_REPORT, _REPORT_ROOM, _REPORT_SIZE, text)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+    def begin(self, method: str, path: str) -> int:
+        """A request begins; gives its slot, or -1 when no slot is free (it is counted all the same)."""
+        with self._lock:
+            _I64.pack_into(self._map, _BEGUN, _I64.unpack_from(self._map, _BEGUN)[0] + 1)
+        try:
+            slot = self._free_requests.pop()
+        except IndexError:
+            return -1
+        at = _SLOTS + slot * _REQUEST_SIZE
+        raw = path.partition("?")[0].encode("utf-8", "replace")[:_PATH_ROOM]
+        _REQUEST.pack_into(self._map, at, _FREE, time.monotonic(), method.encode("ascii", "replace")[:8], len(raw), raw)
+        self._map[at] = _TAKEN
+        return slot
+
+    def end(self, slot: int) -> None:
+        """The request of `slot` has ended."""
+        if slot >= 0:
+            self._map[_SLOTS + slot * _REQUEST_SIZE] = _FREE
+            self._free_requests.append(slot)
+        with self._lock:
+            _I64.pack_into(self._map, _ANSWERED, _I64.unpack_from(self._map, _ANSWERED)[0] + 1)
+
+    @property
+    def begun(self) -> int:
+        """How many requests have begun."""
+        return self._get(_BEGUN)
+
+    @property
+    def answered(self) -> int:
+        """How many requests have ended."""
+        return self._get(_ANSWERED)
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests have begun and not ended; exact also where slots ran out."""
+        return max(0, self._get(_BEGUN) - self._get(_ANSWERED))
+
+    def requests(self) -> list[RequestInFlight]:
+        """The requests in flight that have a slot, oldest first."""
+        found = []
+        for slot in range(self._request_slots):
+            at = _SLOTS + slot * _REQUEST_SIZE
+            if self._map[at] != _TAKEN:
+                continue
+            _, started, method, size, raw = _REQUEST.unpack_from(self._map, at)
+            found.append(
+                RequestInFlight(
+                    method.rstrip(b"\0").decode("ascii", "replace"), raw[:size].decode("utf-8", "replace"), started
+                )
+            )
+        return sorted(found, key=lambda each: each.started)
+
+    # -- jobs ----------------------------------------------------------------------------------------------------
+    def job_begin(self, id: int, kind: str, name: str) -> int:
+        """A job was accepted; gives its slot, or -1 when no slot is free (it is counted all the same)."""
+        with self._lock:
+            _I64.pack_into(self._map, _ACCEPTED, _I64.unpack_from(self._map, _ACCEPTED)[0] + 1)
+        try:
+            slot = self._free_jobs.pop()
+        except IndexError:
+            return -1
+        at = self._jobs_at + slot * _JOB_SIZE
+        raw = name.encode("utf-8", "replace")[:_NAME_ROOM]
+        _JOB.pack_into(self._map, at, _FREE, time.monotonic(), id, kind.encode("ascii", "replace")[:12], len(raw), raw)
+        self._map[at] = _TAKEN
+        return slot
+
+    def job_end(self, slot: int, outcome: Outcome) -> None:
+        """The job of `slot` has ended so; for a job that was accepted."""
+        if slot >= 0:
+            self._map[self._jobs_at + slot * _JOB_SIZE] = _FREE
+            self._free_jobs.append(slot)
+        self._count(outcome)
+
+    def job_rejected(self) -> None:
+        """A job was refused; it never counted as accepted."""
+        self._count(Outcome.REJECTED)
+
+    def _count(self, outcome: Outcome) -> None:
+        at = _OUTCOMES + 8 * outcome
+        with self._lock:
+            _I64.pack_into(self._map, at, _I64.unpack_from(self._map, at)[0] + 1)
+
+    def count(self, outcome: Outcome) -> int:
+        """How many jobs ended so."""
+        return self._get(_OUTCOMES + 8 * outcome)
+
+    @property
+    def jobs_accepted(self) -> int:
+        """How many jobs were accepted."""
+        return self._get(_ACCEPTED)
+
+    @property
+    def jobs_in_flight(self) -> int:
+        """How many accepted jobs have not ended; exact also where slots ran out."""
+        ended = sum(self.count(outcome) for outcome in Outcome if outcome is not Outcome.REJECTED)
+        return max(0, self.jobs_accepted - ended)
+
+    def counts(self) -> dict[str, int]:
+        """The jobs in numbers: accepted, and one number for each outcome."""
+        return {"accepted": self.jobs_accepted, **{each.name.lower(): self.count(each) for each in Outcome}}
+
+    def jobs(self) -> list[JobInFlight]:
+        """The jobs in flight that have a slot, oldest first."""
+        return sorted(self._each_job(), key=lambda each: each.started)
+
+    def _each_job(self) -> Iterator[JobInFlight]:
+        for slot in range(self._job_slots):
+            at = self._jobs_at + slot * _JOB_SIZE
+            if self._map[at] != _TAKEN:
+                continue
+            _, started, id, kind, size, raw = _JOB.unpack_from(self._map, at)
+            yield JobInFlight(
+                id, raw[:size].decode("utf-8", "replace"), kind.rstrip(b"\0").decode("ascii", "replace"), started
+            )
