@@ -1,7 +1,7 @@
 """Frozen facts, in the past tense: what happened to a generation, a worker, a request or a job.
 
-`publish` gives a fact to every subscriber; logging is one of them, the user's `on_event` another. A subscriber that raises
-is reported and never disturbs the server. Times are seconds. This module knows no server.
+`publish` gives a fact to every subscriber; logging is one of them, the user's `on_event` another. A subscriber that
+raises is reported and never disturbs the server. Times are seconds. This module knows no server.
 """
 
 from __future__ import annotations
@@ -240,8 +240,8 @@ def unsubscribe(subscriber: Subscriber) -> None:
 
 def publish(event: Event) -> None:
     """Give `event` to every subscriber; what one of them raises is logged and goes no further."""
-    for subscriber in list(_subscribers):
+    for subscriber in tuple(_subscribers):
         try:
             subscriber(event)
-        except Exception:  # noqa: BLE001 - a user's callback must not take the server down
+        except Exception:  # a user's callback must not take the server down
             logging.getLogger("gunicorn.error").exception("gracehooks: a subscriber to events failed on %s", event.name)
