@@ -1,0 +1,128 @@
+"""What every worker class has under gracehooks, the stock ones too.
+
+A page on the scoreboard, made in the master before the fork; a process group of its own, so that a signal to the
+supervisor's group reaches the master alone; the reason of a boot that failed, where the master can read it; and the word
+"ready", said once the worker really serves. It relies on gunicorn's `Worker.__init__`, `init_process`, `load_wsgi`,
+`init_signals` and `notify` (tests/contract/test_worker_base.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from gunicorn.workers.base import Worker as StockWorker
+
+from gracehooks import settings
+from gracehooks.gunicorn.workers import ready
+from gracehooks.scoreboard import Order, Page, Phase
+
+__all__ = ["Attached", "attached", "is_asgi"]
+
+
+def is_asgi(worker_class: type) -> bool:
+    """Whether the class serves ASGI applications: gunicorn's own, or one of uvicorn's."""
+    return any(
+        base.__module__.startswith(("gunicorn.workers.gasgi", "uvicorn_worker", "uvicorn.workers"))
+        for base in worker_class.__mro__
+    )
+
+
+class Attached:
+    """A mixin, to be put before a gunicorn worker class."""
+
+    #: Whether the first `notify` after the boot says that the worker is ready; a class that knows better sets it False
+    #: and calls `became_ready` itself.
+    ready_at_first_notify = True
+
+    def __init__(self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any) -> None:
+        super().__init__(age, ppid, sockets, app, timeout, cfg, log)  # type: ignore[call-arg]
+        self.page = Page()
+        self.settings = settings.current()
+
+    def init_process(self) -> None:
+        """Boot and run; an exception before the worker was ready leaves its reason on the page."""
+        lead_own_group()
+        try:
+            super().init_process()  # type: ignore[misc]
+        except BaseException as error:
+            if not self.page.ready and not self.page.failure:
+                self.page.failure = reason_of(error)
+            raise
+
+    def load_wsgi(self) -> None:
+        """Load the application and, where `ready_path` is set, ask it once before the worker counts as ready."""
+        super().load_wsgi()  # type: ignore[misc]
+        path = self.settings.ready_path
+        if path is None or is_asgi(type(self)):
+            return
+        failure = ready.ask_wsgi(self.wsgi, path)  # type: ignore[attr-defined]
+        if failure:
+            self.refuse_to_boot(failure)
+
+    def refuse_to_boot(self, failure: str) -> None:
+        """End the boot: the reason goes to the page and to the log, the exit code is gunicorn's own for it."""
+        self.page.failure = failure
+        self.log.error("gracehooks: %s", failure)  # type: ignore[attr-defined]
+        sys.exit(3)
+
+    def init_signals(self) -> None:
+        """gunicorn's own handlers; USR2 and HUP are the master's, and their default action would kill a worker."""
+        super().init_signals()  # type: ignore[misc]
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def notify(self) -> None:
+        """The heartbeat; the first one after the boot says that the worker is ready."""
+        super().notify()  # type: ignore[misc]
+        self.page.heartbeat = time.monotonic()
+        if self.ready_at_first_notify and not self.page.ready and self.booted:  # type: ignore[attr-defined]
+            self.became_ready()
+
+    def became_ready(self) -> None:
+        """Say that the worker serves; a worker that was told to leave while it booted begins to leave now.
+
+        A signal that arrives between the fork and `init_signals` runs the master's handler in this copy and is lost; the
+        order on the page is not.
+        """
+        if self.page.ready:
+            return
+        self.page.phase = Phase.SERVING
+        self.wake_master()
+        if self.page.order >= Order.RETIRE:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def wake_master(self) -> None:
+        """Wake the master's loop: gunicorn takes a SIGCHLD with nothing to reap as a turn of its loop."""
+        if os.getppid() == self.ppid:  # type: ignore[attr-defined]
+            try:
+                os.kill(self.ppid, signal.SIGCHLD)  # type: ignore[attr-defined]
+            except ProcessLookupError:
+                pass
+
+
+def attached(worker_class: type) -> type:
+    """`worker_class` with `Attached` in front; a class that has it already comes back as it is."""
+    if issubclass(worker_class, Attached) or not issubclass(worker_class, StockWorker):
+        return worker_class
+    return type(worker_class.__name__, (Attached, worker_class), {"__module__": worker_class.__module__})
+
+
+def lead_own_group() -> None:
+    """Lead a process group of its own, unless standard input is a terminal: a debugger must be able to read it."""
+    try:
+        if not os.isatty(0):
+            os.setpgid(0, 0)
+    except OSError:
+        pass  # a session leader is the leader of its group already
+
+
+def reason_of(error: BaseException) -> str:
+    """The line that a person needs to see."""
+    if isinstance(error, SystemExit):
+        return f"exited with code {error.code if error.code is not None else 0} while booting"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1]}" if text else type(error).__name__

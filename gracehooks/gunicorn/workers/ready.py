@@ -1,0 +1,68 @@
+"""Asking an application `ready_path` inside a worker, without a socket, before the worker counts as ready."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+__all__ = ["ask_wsgi", "verdict"]
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+def verdict(path: str, status: int) -> str:
+    """Empty where `status` lets the worker serve, else why it does not."""
+    return f"answered {status} on {path}" if status >= 400 else ""
+
+
+def ask_wsgi(application: Application, path: str) -> str:
+    """Ask the application once, as `GET path` from 127.0.0.1 with `Host: localhost` (PEP 3333).
+
+    Returns why it is not ready, or an empty text. What the application raises is a reason, not an error.
+    """
+    path, _, query = path.partition("?")
+    status: list[str] = []
+
+    def start_response(line: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
+        del headers, exc_info
+        status[:] = [line]
+        return lambda data: None
+
+    environ = {
+        "REQUEST_METHOD": "GET",
+        "SCRIPT_NAME": "",
+        "PATH_INFO": path,
+        "RAW_URI": path,
+        "QUERY_STRING": query,
+        "SERVER_NAME": "localhost",
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "SERVER_SOFTWARE": "gracehooks",
+        "REMOTE_ADDR": "127.0.0.1",
+        "HTTP_HOST": "localhost",
+        "HTTP_USER_AGENT": "gracehooks-ready",
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+        "wsgi.input_terminated": True,
+    }
+    try:
+        answer = application(environ, start_response)
+        try:
+            for _ in answer:
+                pass
+        finally:
+            close = getattr(answer, "close", None)
+            if close is not None:
+                close()
+    except Exception as error:  # noqa: BLE001 - whatever it raises, it is the reason
+        return f"raised {type(error).__name__}: {error} on {path}"
+    if not status:
+        return f"gave no status on {path}"
+    return verdict(path, int(status[0].split()[0]))
