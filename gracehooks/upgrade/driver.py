@@ -1,7 +1,7 @@
 """Performs what the machine decides, on a host that it knows only as a `Host`; never blocks.
 
-`tick` is called by the host's loop, often while something is under way. Each state has one bound; each ends as its row in
-the machine's table says.
+`tick` is called by the host's loop, often while something is under way. Each state has one bound, and each ends as its
+row in the machine's table says.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Driver:
 
     def __init__(
         self,
-        identity: Callable[[], dict[str, int]],
+        identity: Callable[[], dict[str, Any]],
         record: Callable[[dict[str, Any]], object],
     ) -> None:
         self._identity = identity
@@ -176,7 +176,7 @@ class Driver:
     def _perform(self, action: Action, fact: Fact) -> None:
         host, identity = self._host, self._identity()
         assert host is not None
-        names = {"id": self.id, "kind": host.kind}
+        names: dict[str, Any] = {"id": self.id, "kind": host.kind}
         if action is Action.BEGIN_PROBATION:
             self._bound = Deadline.after(self._settings.probation)
             events.publish(events.ProbationStarted(**identity, **names, seconds=self._settings.probation))

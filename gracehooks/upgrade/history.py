@@ -46,7 +46,7 @@ def private_dir(path: Path) -> None:
 
 
 class Book:
-    """Status and history of one instance in `directory`; `complain` is called once for a file that cannot be written."""
+    """Status and history of one instance in `directory`; `complain` is told once of a file that cannot be written."""
 
     def __init__(self, directory: Path, complain: Callable[[str], object]) -> None:
         self.directory = directory

@@ -1,7 +1,8 @@
-"""The upgrade as data: states, facts that were seen, actions to take. PURE: it reads no clock, sends no signal, logs nothing.
+"""The upgrade as data: states, facts that were seen, actions to take. PURE: no clock, no signal, no log.
 
-What must hold: the old generation serves in every state but RETIRED; only a commit that the successor has confirmed makes
-it leave; whatever is uncertain ends in ROLLING_BACK; a successor that dies while the old one leaves brings it back.
+What must hold: the old generation serves in every state but RETIRED; only a commit that the successor has confirmed
+makes it leave; whatever is uncertain ends in ROLLING_BACK; a successor that dies while the old one leaves brings it
+back.
 """
 
 from __future__ import annotations

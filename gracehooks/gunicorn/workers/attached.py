@@ -1,8 +1,8 @@
 """What every worker class has under gracehooks, the stock ones too.
 
 A page on the scoreboard, made in the master before the fork; a process group of its own, so that a signal to the
-supervisor's group reaches the master alone; the reason of a boot that failed, where the master can read it; and the word
-"ready", said once the worker really serves. It relies on gunicorn's `Worker.__init__`, `init_process`, `load_wsgi`,
+supervisor's group reaches the master alone; the reason of a boot that failed, where the master can read it; and the
+word "ready", said once the worker really serves. It relies on gunicorn's `Worker.__init__`, `init_process`, `load_wsgi`,
 `init_signals` and `notify` (tests/contract/test_worker_base.py).
 """
 
@@ -85,8 +85,8 @@ class Attached:
     def became_ready(self) -> None:
         """Say that the worker serves; a worker that was told to leave while it booted begins to leave now.
 
-        A signal that arrives between the fork and `init_signals` runs the master's handler in this copy and is lost; the
-        order on the page is not.
+        A signal that arrives between the fork and `init_signals` runs the master's handler in this copy and is lost;
+        the order on the page is not.
         """
         if self.page.ready:
             return

@@ -1,0 +1,103 @@
+"""Looking at processes and ending them: trees, start times, groups. Knows no server and waits for nobody.
+
+Reads `/proc` (proc(5)); where there is none, a tree is only the process itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+__all__ = ["alive", "children_of", "describe_status", "kill_group", "kill_tree", "signal_process", "started", "tree_of"]
+
+
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """(state, parent, start time in ticks) of a process, or None where it is gone or cannot be read."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return fields[0].decode(), int(fields[1]), int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def started(pid: int) -> int:
+    """When the process started, in clock ticks since boot: with the pid, its identity. 0 where it is unknown."""
+    found = _stat(pid)
+    return found[2] if found else 0
+
+
+def alive(pid: int, start: int = 0) -> bool:
+    """Whether the process runs (a zombie does not) and, where `start` is given, is still the same one."""
+    found = _stat(pid)
+    if found is None:
+        if os.path.exists("/proc/self/stat"):
+            return False
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+    return found[0] not in "ZX" and (not start or found[2] == start)
+
+
+def children_of(pids: set[int]) -> set[int]:
+    """The children of any of `pids`."""
+    found = set()
+    try:
+        names = os.listdir("/proc")
+    except OSError:
+        return set()
+    for name in names:
+        if name.isdigit():
+            stat = _stat(int(name))
+            if stat is not None and stat[1] in pids:
+                found.add(int(name))
+    return found
+
+
+def tree_of(pid: int) -> list[int]:
+    """The process and every descendant, parents first."""
+    tree, level = [pid], {pid}
+    while level:
+        level = children_of(level) - set(tree)
+        tree.extend(sorted(level))
+    return tree
+
+
+def signal_process(pid: int, sig: int) -> bool:
+    """Send `sig`; whether there was a process to take it."""
+    try:
+        os.kill(pid, sig)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL to what is left of the process group that `pid` leads or led; never to our own group."""
+    if pid <= 1 or pid == os.getpgrp():
+        return
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def kill_tree(pid: int) -> list[int]:
+    """SIGKILL to the process and every descendant; who was there."""
+    tree = tree_of(pid)
+    return [each for each in tree if signal_process(each, signal.SIGKILL)]
+
+
+def describe_status(status: int) -> str:
+    """A wait status in words: "exit code 1", "SIGKILL"."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            return signal.Signals(number).name
+        except ValueError:
+            return f"signal {number}"
+    return f"exit code {os.WEXITSTATUS(status)}"
