@@ -1,0 +1,106 @@
+"""Which processes belong to a test's server, seen in /proc; how they end, and how they are ended.
+
+A process is a server's when its environment or its working directory names the test's directory. The test process is a
+child subreaper, so a master that outlives the one before it becomes our child, and its exit code can be read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+__all__ = ["MARK", "alive", "be_subreaper", "children", "kill", "of_directory", "reap", "session", "start_time"]
+
+MARK = "GRACEKIT_DIRECTORY"
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def be_subreaper() -> None:
+    """Adopt the orphans of our descendants (Linux); elsewhere nothing."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat from the state on; empty when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return []
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    stat = _stat(pid)
+    return bool(stat) and stat[0] not in "ZX"
+
+
+def session(pid: int) -> int:
+    """The session of the process, also of a zombie; 0 when there is none."""
+    stat = _stat(pid)
+    return int(stat[3]) if stat else 0
+
+
+def start_time(pid: int) -> int:
+    """When the process started, in ticks: with the pid it names one process for ever; 0 when there is none."""
+    stat = _stat(pid)
+    return int(stat[19]) if stat else 0
+
+
+def children(pid: int) -> list[int]:
+    """The children of the process, zombies among them."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    except (OSError, ValueError):
+        pass
+    return found
+
+
+def of_directory(directory: str) -> list[int]:
+    """The running processes whose environment or working directory is of `directory`, this one excepted."""
+    mark = f"{MARK}={directory}\0".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        pid = int(entry)
+        try:
+            with open(f"/proc/{entry}/environ", "rb") as environ:
+                ours = mark in environ.read()
+            if not ours:
+                where = os.readlink(f"/proc/{entry}/cwd").removesuffix(" (deleted)")
+                ours = where == directory or where.startswith(directory + "/")
+        except OSError:
+            continue
+        if ours and alive(pid):
+            found.append(pid)
+    return found
+
+
+def kill(pids: list[int], signal_number: int = signal.SIGKILL) -> None:
+    """Send the signal to each of them that is there; one that is stopped is told to go on as well."""
+    for pid in pids:
+        try:
+            os.kill(pid, signal_number)
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            pass
+
+
+def reap(sessions: set[int], codes: dict[int, int]) -> None:
+    """Reap our children that ended and are of one of `sessions`; their exit codes go to `codes`."""
+    for pid in children(os.getpid()):
+        stat = _stat(pid)
+        if not stat or stat[0] != "Z" or int(stat[3]) not in sessions:
+            continue
+        try:
+            got, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            continue
+        if got == pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
