@@ -131,6 +131,10 @@ class Driver:
         """The operator wants the server to stop: an upgrade that is not committed is aborted."""
         self._take(Fact(Happened.STOP_ASKED, "stopped while the upgrade was under way"))
 
+    def idle(self) -> None:
+        """The host stays and serves: the next one may begin."""
+        self.state, self._host, self._bound = State.SERVING, None, None
+
     def workers_gone(self) -> None:
         """The old generation's workers have left."""
         self._take(Fact(Happened.WORKERS_GONE))

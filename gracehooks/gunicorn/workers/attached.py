@@ -12,11 +12,13 @@ import os
 import signal
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from gunicorn.workers.base import Worker as StockWorker
 
 from gracehooks import settings
+from gracehooks.gunicorn.hooks import chain
 from gracehooks.gunicorn.workers import ready
 from gracehooks.scoreboard import Order, Page, Phase
 
@@ -37,6 +39,18 @@ class Attached:
     #: Whether the first `notify` after the boot says that the worker is ready; a class that knows better sets it False
     #: and calls `became_ready` itself.
     ready_at_first_notify = True
+    #: Closes what is the master's alone; set by the master's `Grace` when it attaches.
+    close_in_worker: ClassVar[Callable[[], None] | None] = None
+    #: Whether the class drains in phases; ours do, a stock class does what gunicorn does.
+    drains = False
+
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """gunicorn calls it in the master just before `when_ready`: from here gracehooks attaches itself."""
+        stock = getattr(super(), "check_config", None)
+        if stock is not None:
+            stock(cfg, log)
+        chain(cfg)
 
     def __init__(self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any) -> None:
         super().__init__(age, ppid, sockets, app, timeout, cfg, log)  # type: ignore[call-arg]
@@ -46,6 +60,8 @@ class Attached:
     def init_process(self) -> None:
         """Boot and run; an exception before the worker was ready leaves its reason on the page."""
         lead_own_group()
+        if Attached.close_in_worker is not None:
+            Attached.close_in_worker()
         try:
             super().init_process()  # type: ignore[misc]
         except BaseException as error:

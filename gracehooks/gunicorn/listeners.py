@@ -1,0 +1,59 @@
+"""Ending the arrival of new connections at sockets that several processes share, without losing one that has arrived.
+
+Closing a listening socket resets what waits in its queue, and between the last `accept` and the close one more may come.
+So the door is shut first: on TCP a filter drops the packets that open a connection (SYN without ACK) while those of
+connections under way pass (socket(7), SO_ATTACH_FILTER; Linux); on a unix socket the path is unlinked. What waits can then
+be accepted until there is nothing left. Where the system has no filter, the small window stays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["end_accepting", "unlink_paths"]
+
+SO_ATTACH_FILTER = 26
+#: Classic BPF over the TCP header (byte 13: flags): a SYN without ACK is dropped, all else passes.
+_FILTER = (
+    (0x30, 0, 0, 13),  # ldb [13]
+    (0x54, 0, 0, 0x12),  # and #(SYN|ACK)
+    (0x15, 0, 1, 0x02),  # jeq #SYN, drop, pass
+    (0x06, 0, 0, 0),  # ret #0
+    (0x06, 0, 0, 0xFFFFFFFF),  # ret #-1
+)
+
+
+def end_accepting(listeners: Iterable[Any], *, unlink: bool) -> None:
+    """No new connection gets to any of `listeners`; never raises."""
+    listeners = list(listeners)
+    for listener in listeners:
+        if listener.family != socket.AF_UNIX:
+            _drop_new(listener)
+    if unlink:
+        unlink_paths(listeners)
+
+
+def _drop_new(listener: Any) -> None:
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in _FILTER)
+    buffer = ctypes.create_string_buffer(code)
+    program = struct.pack("HL", len(_FILTER), ctypes.addressof(buffer))
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+    except OSError:
+        pass  # another system: the backlog is still served, a connection of the last moment may be reset
+
+
+def unlink_paths(listeners: Iterable[Any]) -> None:
+    """Unlink the paths of the unix sockets among `listeners`; one that is gone already is fine."""
+    for listener in listeners:
+        try:
+            name = listener.getsockname()
+            if isinstance(name, str) and name:
+                os.unlink(name)
+        except OSError:
+            pass

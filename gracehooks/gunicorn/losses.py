@@ -1,0 +1,69 @@
+"""What a worker has lost, read from its page after its end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from gracehooks.scoreboard import Page
+
+__all__ = ["Losses", "losses_of"]
+
+
+@dataclass
+class Losses:
+    """What was lost and what was done, of one worker or of several."""
+
+    lost: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"requests": [], "jobs": []})
+    jobs: dict[str, int] = field(default_factory=dict)
+    answered: int = 0
+
+    def add(self, other: Losses) -> None:
+        """Add another's."""
+        for what in ("requests", "jobs"):
+            self.lost[what].extend(other.lost[what])
+        for name, count in other.jobs.items():
+            self.jobs[name] = self.jobs.get(name, 0) + count
+        self.answered += other.answered
+
+
+def losses_of(page: Page, pid: int, reason: str) -> Losses:
+    """The losses of the worker `pid`: its own report where it could write one (it has stacks), else its slots.
+
+    A job that was in flight at the end counts as abandoned, so that the sum holds after a SIGKILL too.
+    """
+    told: dict[str, Any] = {}
+    if page.report:
+        try:
+            told = json.loads(page.report)
+        except ValueError:
+            told = {}
+    common = {"worker": pid, "reason": reason}
+    where = {
+        (each.get("method"), each.get("path"), round(each.get("age", 0), 0)): each for each in told.get("requests", ())
+    }
+    requests: list[dict[str, Any]] = []
+    for slot in page.requests():
+        entry: dict[str, Any] = {"method": slot.method, "path": slot.path, "age": round(slot.age, 3), **common}
+        for key, each in where.items():
+            if key[:2] == (slot.method, slot.path) and each.get("where"):
+                entry["where"] = each["where"]
+                del where[key]
+                break
+        requests.append(entry)
+    unnamed = page.in_flight - len(requests)
+    requests += [{"method": "?", "path": "?", "age": 0.0, **common} for _ in range(max(0, unnamed))]
+    jobs = [{**each, **common, "reason": each.get("reason", reason)} for each in told.get("jobs", ())]
+    known = {each.get("id") for each in jobs}
+    in_flight = page.jobs()
+    jobs += [
+        {"id": each.id, "name": each.name, "kind": each.kind, "age": round(each.age, 3), **common}
+        for each in in_flight
+        if each.id not in known
+    ]
+    unnamed = page.jobs_in_flight - len(in_flight)
+    jobs += [{"id": 0, "name": "?", "kind": "?", "age": 0.0, **common} for _ in range(max(0, unnamed))]
+    counts = page.counts()
+    counts["abandoned"] += page.jobs_in_flight
+    return Losses({"requests": requests, "jobs": jobs}, counts, page.answered)
