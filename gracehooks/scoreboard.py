@@ -1,9 +1,11 @@
 """One page of shared memory a worker: what it does now, readable by the master at any time, also after its death.
 
 The worker object is made in the master before the fork, so one anonymous mapping is seen by both: no file, no lock, no
-system call. The worker writes; the master reads, and writes `order`. A slot is published by writing its state byte last
-and freed by writing that byte first, so a reader never sees half a slot, even when the writer was killed between two
-stores. When the slots run out the counters stay exact and only the names of the rest are given up.
+system call. The worker writes; the master reads, and writes `order`. A slot is published by writing its state last and
+freed by writing that first, so a reader never sees half a slot, even when the writer was killed between two stores. The
+state of a request's slot is a count, odd while it is taken: it has one writer, so no lock is needed on the request path,
+and the sum over the slots is the number of requests. When the slots run out the counters stay exact and only the names of
+the rest are given up.
 
 This module knows no server, no signal and no settings.
 """
@@ -86,7 +88,7 @@ class JobInFlight:
 # The head: fixed offsets, eight bytes each, aligned, so that one store is one store.
 _PHASE, _ORDER, _READY, _REPLACE = 0, 8, 16, 24
 _HEARTBEAT = 32
-_BEGUN, _ANSWERED = 40, 48
+_BEGUN, _ANSWERED = 40, 48  # of the requests that found no slot
 _ACCEPTED, _OUTCOMES = 56, 64  # five outcomes follow: 64 … 96
 _PHASE_SINCE = 104
 _FAILURE_SIZE, _REPORT_SIZE = 112, 120
@@ -96,7 +98,8 @@ _SLOTS = _REPORT + _REPORT_ROOM
 
 _I64 = struct.Struct("=q")
 _F64 = struct.Struct("=d")
-_REQUEST = struct.Struct("=bxxxxxxxd8sH102s")  # state, started, method, length of the path, path
+_REQUEST = struct.Struct("=qd8sH102s")  # state (odd: taken), started, method, length of the path, path
+_NAME = struct.Struct("=8sH102s")  # the last three of them
 _REQUEST_SIZE, _PATH_ROOM = 128, 102
 _JOB = struct.Struct("=bxxxxxxxdq12sH90s")  # state, started, id, kind, length of the name, name
 _JOB_SIZE, _NAME_ROOM = 128, 90
@@ -107,18 +110,26 @@ class Page:
     """The scoreboard of one worker: `requests` and `jobs` are the numbers of named slots (1 or more)."""
 
     def __init__(self, requests: int = 256, jobs: int = 512) -> None:
-        self._request_slots = requests
         self._job_slots = jobs
         self._jobs_at = _SLOTS + requests * _REQUEST_SIZE
         self._map = mmap.mmap(-1, self._jobs_at + jobs * _JOB_SIZE)
+        # Two views of the same memory, for stores of eight bytes that cost no call.
+        self._view = memoryview(self._map)
+        self._words = self._view.cast("q")
+        self._times = self._view.cast("d")
+        self._states = range(_SLOTS // 8, self._jobs_at // 8, _REQUEST_SIZE // 8)
+        # What each slot is named after now: the same request again need not be written again.
+        self._named: dict[int, tuple[str, str]] = dict.fromkeys(self._states, ("", ""))
         # A deque's append and pop are atomic: slots are taken by threads, without a lock.
-        self._free_requests: deque[int] = deque(range(requests - 1, -1, -1))
+        self._free_requests: deque[int] = deque(reversed(self._states))
         self._free_jobs: deque[int] = deque(range(jobs - 1, -1, -1))
         # Counters are read-modify-write, so they have a lock; it lives in the worker alone.
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Give the memory back; the page cannot be read any more."""
+        for view in (self._words, self._times, self._view):
+            view.release()
         self._map.close()
 
     # -- the head ------------------------------------------------------------------------------------------------
@@ -210,49 +221,61 @@ class Page:
     # -- requests ------------------------------------------------------------------------------------------------
     def begin(self, method: str, path: str) -> int:
         """A request begins; gives its slot, or -1 when no slot is free (it is counted all the same)."""
-        with self._lock:
-            _I64.pack_into(self._map, _BEGUN, _I64.unpack_from(self._map, _BEGUN)[0] + 1)
         try:
             slot = self._free_requests.pop()
         except IndexError:
+            self._count_request(_BEGUN)
             return -1
-        at = _SLOTS + slot * _REQUEST_SIZE
-        raw = path.partition("?")[0].encode("utf-8", "replace")[:_PATH_ROOM]
-        _REQUEST.pack_into(self._map, at, _FREE, time.monotonic(), method.encode("ascii", "replace")[:8], len(raw), raw)
-        self._map[at] = _TAKEN
+        named = self._named[slot]
+        if named[1] != path or named[0] != method:
+            self._name(slot, method, path)
+        self._times[slot + 1] = time.monotonic()
+        self._words[slot] += 1
         return slot
 
     def end(self, slot: int) -> None:
-        """The request of `slot` has ended."""
+        """The request of `slot` has ended; called once."""
         if slot >= 0:
-            self._map[_SLOTS + slot * _REQUEST_SIZE] = _FREE
+            self._words[slot] += 1
             self._free_requests.append(slot)
+        else:
+            self._count_request(_ANSWERED)
+
+    def _name(self, slot: int, method: str, path: str) -> None:
+        raw = path.partition("?")[0].encode("utf-8", "replace")[:_PATH_ROOM]
+        _NAME.pack_into(self._map, slot * 8 + 16, method.encode("ascii", "replace")[:8], len(raw), raw)
+        self._named[slot] = (method, path)
+
+    def _count_request(self, at: int) -> None:
         with self._lock:
-            _I64.pack_into(self._map, _ANSWERED, _I64.unpack_from(self._map, _ANSWERED)[0] + 1)
+            _I64.pack_into(self._map, at, _I64.unpack_from(self._map, at)[0] + 1)
+
+    def _each_state(self) -> list[int]:
+        return [self._words[slot] for slot in self._states]
 
     @property
     def begun(self) -> int:
         """How many requests have begun."""
-        return self._get(_BEGUN)
+        return sum((state + 1) >> 1 for state in self._each_state()) + self._get(_BEGUN)
 
     @property
     def answered(self) -> int:
         """How many requests have ended."""
-        return self._get(_ANSWERED)
+        return sum(state >> 1 for state in self._each_state()) + self._get(_ANSWERED)
 
     @property
     def in_flight(self) -> int:
         """How many requests have begun and not ended; exact also where slots ran out."""
-        return max(0, self._get(_BEGUN) - self._get(_ANSWERED))
+        taken = sum(state & 1 for state in self._each_state())
+        return taken + max(0, self._get(_BEGUN) - self._get(_ANSWERED))
 
     def requests(self) -> list[RequestInFlight]:
         """The requests in flight that have a slot, oldest first."""
         found = []
-        for slot in range(self._request_slots):
-            at = _SLOTS + slot * _REQUEST_SIZE
-            if self._map[at] != _TAKEN:
+        for slot in self._states:
+            state, started, method, size, raw = _REQUEST.unpack_from(self._map, slot * 8)
+            if not state & 1:
                 continue
-            _, started, method, size, raw = _REQUEST.unpack_from(self._map, at)
             found.append(
                 RequestInFlight(
                     method.rstrip(b"\0").decode("ascii", "replace"), raw[:size].decode("utf-8", "replace"), started
