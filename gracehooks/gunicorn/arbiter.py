@@ -90,8 +90,15 @@ class GracefulArbiter:
 
     def _start_control_server(self) -> None:
         """A successor has no control socket before it is promoted: the path is the old master's."""
-        if not self.grace.is_successor:
-            super()._start_control_server()  # type: ignore[misc]
+        start = getattr(super(), "_start_control_server", None)  # gunicorn 25 and newer
+        if start is not None and not self.grace.is_successor:
+            start()
+
+    def _stop_control_server(self) -> None:
+        """Only what was started can be stopped."""
+        stop = getattr(super(), "_stop_control_server", None)
+        if stop is not None:
+            stop()
 
 
 def make_graceful(arbiter: Any, grace: Grace) -> None:

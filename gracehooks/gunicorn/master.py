@@ -548,8 +548,7 @@ class Grace:
         arbiter.proc_name = arbiter.cfg.proc_name
         os.environ.pop("GUNICORN_PID", None)
         util._setproctitle(f"master [{arbiter.proc_name}]")
-        if hasattr(arbiter, "_start_control_server"):
-            arbiter._start_control_server()
+        arbiter._start_control_server()
         events.publish(events.MasterPromoted(**self.identity(), reason=reason))
         self._now_serving()
         self.write_status(now=True)
@@ -673,7 +672,7 @@ class Grace:
                 except OSError as error:
                     arbiter.log.error("gracehooks: cannot write the pidfile (%s); the server serves on", error)
             self._unlink_second_pidfile()
-        if hasattr(arbiter, "_start_control_server") and arbiter._control_server is None:
+        if getattr(arbiter, "_control_server", None) is None:
             arbiter._start_control_server()
         self.book.register(os.getpid())
 
@@ -687,8 +686,7 @@ class Grace:
 
     def stop_control_server(self) -> None:
         """Free the control socket's path."""
-        if hasattr(self.arbiter, "_stop_control_server"):
-            self.arbiter._stop_control_server()
+        self.arbiter._stop_control_server()
 
     # -- the stop ------------------------------------------------------------------------------------------------
     @property
@@ -730,8 +728,9 @@ class Grace:
         stop.deadline = stop.deadline.earlier(Deadline.after(HAMMER_WITHIN))
         if self.successor is not None:
             self.successor.roll_back(True)
-        for each in self.predecessors_alive():
-            processes.signal_process(each.pid, signal.SIGINT)
+        if stop.final:
+            for each in self.predecessors_alive():
+                processes.signal_process(each.pid, signal.SIGINT)
         for pid in list(self.arbiter.WORKERS):
             departure = self.leaving.setdefault(pid, Departure(stop.deadline, reason))
             departure.deadline, departure.reason = stop.deadline.earlier(departure.deadline), f"forced by {reason}"
@@ -755,10 +754,10 @@ class Grace:
                 self.let_go(pid, Order.STOP if stop.final and not keeper else Order.RETIRE, f"stopped by {stop.reason}")
         if stop.deadline.passed and self.arbiter.WORKERS:
             self.force_workers("the stop budget" if not stop.forced else f"forced by {stop.reason}")
-        waiting_for_others = self.driver.under_way or bool(self.predecessors_alive())
-        if self.arbiter.WORKERS or (waiting_for_others and not stop.deadline.passed):
+        older = self.predecessors_alive() if stop.final else []
+        if self.arbiter.WORKERS or ((self.driver.under_way or older) and not stop.deadline.passed):
             return
-        for each in self.predecessors_alive():
+        for each in older:
             processes.kill_tree(each.pid)
         if self.driver.under_way and self.successor is not None:
             self.successor.roll_back(True)
