@@ -1,0 +1,137 @@
+"""What was lost, and where it stood: the worker's own account, as JSON on its page, which the master reads afterwards.
+
+A request is known by what runs it: a thread (by its identifier), a greenlet or an asyncio task. Nothing here waits, and
+nothing here takes a lock, since it runs while something is stuck. No query strings, no headers, no bodies. Knows no server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+__all__ = ["InFlight", "as_json", "in_words", "where", "where_is_thread"]
+
+#: The innermost frames that a report shows of one stack.
+FRAMES = 12
+#: The longest that one stack may be in a report, in characters, when the page has room for all.
+LONGEST = 2000
+#: The page's room for a report, in bytes, with something to spare.
+ROOM = 44 * 1024
+_LIBRARY = os.sep + "site-packages" + os.sep
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A request that a worker works on: `handle` is what runs it, `started` monotonic seconds, `path` without query."""
+
+    method: str
+    path: str
+    started: float
+    handle: object
+
+    def facts(self, frames: Mapping[int, FrameType]) -> dict[str, Any]:
+        """The request as a report says it."""
+        return {
+            "method": self.method,
+            "path": self.path,
+            "age": round(max(0.0, time.monotonic() - self.started), 3),
+            "where": where(self.handle, frames),
+        }
+
+
+def where(handle: object, frames: Mapping[int, FrameType] | None = None) -> str:
+    """Where a thread (its identifier), a greenlet or a task stands: one line a frame, innermost first; "" if unknown."""
+    if isinstance(handle, int):
+        return where_is_thread(handle, frames)
+    get_stack = getattr(handle, "get_stack", None)
+    if get_stack is not None:
+        return _of_task(handle)
+    frame = getattr(handle, "gr_frame", None)
+    if frame is not None:
+        return _lines(_frames_of(frame))
+    if handle is not None and hasattr(handle, "gr_frame"):
+        # A greenlet without a frame is the one that runs: it stands where the thread of its hub stands.
+        return where_is_thread(_main_thread(), frames)
+    return ""
+
+
+def where_is_thread(identifier: int, frames: Mapping[int, FrameType] | None = None) -> str:
+    """Where the thread stands, one line a frame, innermost first; "" when there is no such thread."""
+    frame = (sys._current_frames() if frames is None else frames).get(identifier)
+    return "" if frame is None else _lines(_frames_of(frame))
+
+
+def _main_thread() -> int:
+    import threading
+
+    return threading.main_thread().ident or 0
+
+
+def _frames_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
+    found: list[tuple[str, int, str]] = []
+    while frame is not None and len(found) < FRAMES:
+        found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    return found
+
+
+def _of_task(task: Any) -> str:
+    """The coroutines of a task, innermost first: each frame awaits the one before it."""
+    found: list[tuple[str, int, str]] = []
+    awaited = task.get_coro()
+    while awaited is not None and len(found) < 10 * FRAMES:
+        frame = (
+            getattr(awaited, "cr_frame", None)
+            or getattr(awaited, "gi_frame", None)
+            or getattr(awaited, "ag_frame", None)
+        )
+        if frame is None:
+            break
+        found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        awaited = (
+            getattr(awaited, "cr_await", None)
+            or getattr(awaited, "gi_yieldfrom", None)
+            or getattr(awaited, "ag_await", None)
+        )
+    return _lines(found[::-1][:FRAMES])
+
+
+def _lines(frames: Iterable[tuple[str, int, str]]) -> str:
+    return "\n".join(f"{_short(file)}:{line} in {name}" for file, line, name in frames)[:LONGEST]
+
+
+def _short(file: str) -> str:
+    return file.rpartition(_LIBRARY)[2] if _LIBRARY in file else file
+
+
+def as_json(requests: Iterable[Mapping[str, Any]], jobs: Iterable[Mapping[str, Any]], reason: str) -> str:
+    """The report as the page takes it; stacks are shortened, and then left out, when they do not fit."""
+    requests, jobs = list(requests), list(jobs)
+    for room in (LONGEST, 400, 0):
+        found = {"reason": reason, "requests": _cut(requests, room), "jobs": _cut(jobs, room)}
+        text = json.dumps(found, default=str)
+        if len(text) <= ROOM:
+            break
+    return text
+
+
+def _cut(entries: Iterable[Mapping[str, Any]], room: int) -> list[dict[str, Any]]:
+    return [{**each, "where": str(each.get("where") or "")[:room]} for each in entries]
+
+
+def in_words(lost: Mapping[str, Any]) -> str:
+    """One line a request or job, for the log."""
+    lines = [f"{each['method']} {each['path']}, {each['age']:.1f} s{_at(each)}" for each in lost["requests"]]
+    lines += [f"job {each['id']} ({each['name']}), {each['age']:.1f} s{_at(each)}" for each in lost["jobs"]]
+    return "\n".join(lines)
+
+
+def _at(each: Mapping[str, Any]) -> str:
+    stack = str(each.get("where") or "")
+    return ", at:\n    " + stack.replace("\n", "\n    ") if stack else ""
