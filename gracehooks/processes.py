@@ -5,10 +5,21 @@ Reads `/proc` (proc(5)); where there is none, a tree is only the process itself.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 
-__all__ = ["alive", "children_of", "describe_status", "kill_group", "kill_tree", "signal_process", "started", "tree_of"]
+__all__ = [
+    "alive",
+    "children_of",
+    "describe_status",
+    "kill_group",
+    "kill_tree",
+    "signal_at_parents_end",
+    "signal_process",
+    "started",
+    "tree_of",
+]
 
 
 def _stat(pid: int) -> tuple[str, int, int] | None:
@@ -90,6 +101,18 @@ def kill_tree(pid: int) -> list[int]:
     """SIGKILL to the process and every descendant; who was there."""
     tree = tree_of(pid)
     return [each for each in tree if signal_process(each, signal.SIGKILL)]
+
+
+def signal_at_parents_end(sig: int) -> None:
+    """Have the kernel send `sig` to this process when its parent ends (prctl(2), PR_SET_PDEATHSIG; Linux).
+
+    It fires at the end of the thread that forked, so it is for children of a main thread; a change of user clears it.
+    Where the system has none, nothing happens.
+    """
+    try:
+        ctypes.CDLL(None).prctl(1, sig, 0, 0, 0)
+    except (OSError, AttributeError):
+        pass  # macOS: a worker learns of its parent's end at its next look
 
 
 def describe_status(status: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from gunicorn.workers.base import Worker as StockWorker
 
-from gracehooks import settings
+from gracehooks import processes, settings
 from gracehooks.gunicorn.hooks import chain
 from gracehooks.gunicorn.workers import ready
 from gracehooks.scoreboard import Order, Page, Phase
@@ -90,6 +90,10 @@ class Attached:
         super().init_signals()  # type: ignore[misc]
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # A master that is killed tells nobody; a stock sync worker would notice after half its timeout.
+        processes.signal_at_parents_end(signal.SIGTERM)
+        if os.getppid() != self.ppid:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def notify(self) -> None:
         """The heartbeat; the first one after the boot says that the worker is ready."""
