@@ -445,10 +445,12 @@ def serve(
         "PYTHONDONTWRITEBYTECODE": "1",  # a release of the same second and size would run from the old cache
         "PYTHONUNBUFFERED": "1",
         "XDG_RUNTIME_DIR": str(directory / "run"),
+        "TMPDIR": str(directory / "tmp"),
         processes.MARK: str(directory),
         **(env or {}),
     }
-    (directory / "run").mkdir(mode=0o700)
+    for private in ("run", "tmp"):
+        (directory / private).mkdir(mode=0o700)
     with open(directory / "server.log", "ab") as log:
         process = subprocess.Popen(
             command,

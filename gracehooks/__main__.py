@@ -1,0 +1,7 @@
+"""`python -m gracehooks`: the command line."""
+
+import sys
+
+from gracehooks.cli import main
+
+sys.exit(main())
