@@ -15,6 +15,7 @@ __all__ = [
     "describe_status",
     "kill_group",
     "kill_tree",
+    "oom_kills",
     "signal_at_parents_end",
     "signal_process",
     "started",
@@ -113,6 +114,20 @@ def signal_at_parents_end(sig: int) -> None:
         ctypes.CDLL(None).prctl(1, sig, 0, 0, 0)
     except (OSError, AttributeError):
         pass  # macOS: a worker learns of its parent's end at its next look
+
+
+def oom_kills() -> int:
+    """How many processes of our control group the kernel has killed for want of memory (cgroup v2, memory.events).
+
+    -1 where that cannot be read.
+    """
+    try:
+        with open("/proc/self/cgroup") as file:
+            path = next(line.rstrip("\n").split("::", 1)[1] for line in file if line.startswith("0::"))
+        with open(f"/sys/fs/cgroup{path}/memory.events") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return -1
 
 
 def describe_status(status: int) -> str:

@@ -110,6 +110,7 @@ class Grace:
         self.pending: list[Pending] = []
         self.takeover: dict[str, Any] | None = None
         self._born = time.monotonic()
+        self._oom_kills = processes.oom_kills()
         self._told_ready: set[int] = set()
         self._ever_ready = False
         self._said: tuple[Any, ...] = ()
@@ -366,7 +367,10 @@ class Grace:
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             if number == signal.SIGKILL:
-                return "killed by SIGKILL (by hand, or out of memory)"
+                before, self._oom_kills = self._oom_kills, processes.oom_kills()
+                if 0 <= before < self._oom_kills:
+                    return "killed by the kernel: out of memory"
+                return "killed by SIGKILL (by hand, or out of memory)" if before < 0 else "killed by SIGKILL"
             if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
                 return f"crashed with {how}"
             return f"killed by {how}"
