@@ -32,6 +32,7 @@ from gracehooks.scoreboard import Outcome, Page
 
 __all__ = [
     "Abandoned",
+    "AsyncWork",
     "JobCancelled",
     "Kind",
     "Options",
@@ -42,6 +43,8 @@ __all__ = [
     "adopt",
     "current",
     "forbid_in_this_process",
+    "mark",
+    "names",
     "require",
 ]
 
@@ -51,7 +54,7 @@ ABANDON_BOUND = 0.5
 OnAbandon = Callable[["Abandoned"], object]
 
 
-class JobCancelled(CancelledError):
+class JobCancelled(CancelledError):  # noqa: N818 - it is no error, and reads like the two CancelledErrors
     """The job's turn: it was told to stop and `raise_if_set` was asked; let it through, it counts as cancelled."""
 
 
@@ -81,7 +84,13 @@ class Options:
 class Kind(Protocol):
     """How one kind of work is told to stop, found and killed; none of it may block."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """thread, task, process, greenlet or service."""
+
+    @property
+    def work(self) -> type[Work]:
+        """What its jobs are made of: `Work`, or `AsyncWork` where the job lives in an event loop."""
 
     def cancel(self, work: Work) -> None:
         """Tell the work to stop, beyond its token."""
@@ -103,35 +112,44 @@ class Sweeper(Protocol):
         """Kill every descendant that is not infrastructure."""
 
 
-class Token:
-    """What a job can ask: was I told to stop, and how long have I left?"""
+class _Flag(Protocol):
+    def set(self) -> None: ...
+    def clear(self) -> None: ...
 
-    __slots__ = ("_event", "_shields", "_told", "expires")
+
+_flags = threading.Lock()
+
+
+class Token:
+    """What a job can ask: was I told to stop, and how long have I left?
+
+    `expires` is when the job is given up, in monotonic seconds.
+    """
+
+    __slots__ = ("_flag", "_shields", "_told", "expires", "timeout_at")
 
     def __init__(self) -> None:
         self._told = False
         self._shields = 0
-        self._event: threading.Event | None = None
+        self._flag: _Flag | None = None
         self.expires = math.inf
+        self.timeout_at = math.inf
 
     def is_set(self) -> bool:
         """Whether the job was told to stop; False inside of `shield()`."""
-        return self._shields == 0 and (self._told or (self.expires < math.inf and time.monotonic() >= self.expires))
+        if self._shields:
+            return False
+        return self._told or (self.timeout_at < math.inf and time.monotonic() >= self.timeout_at)
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until told to stop, at most `seconds` (for ever when None); gives `is_set()`."""
+    def wait(self, seconds: float | None = None) -> Any:
+        """Wait until told to stop, at most `seconds` (for ever when None); gives `is_set()`.
+
+        In an asyncio task and in an async service it is a coroutine: `await token.wait(1)`.
+        """
         if self.is_set():
             return True
-        with _events:
-            if self._event is None:
-                self._event = threading.Event()
-                if self._told and self._shields == 0:
-                    self._event.set()
-            event = self._event
-        left = self.expires - time.monotonic()
-        if self._shields == 0 and left < (math.inf if seconds is None else seconds):
-            seconds = max(0.0, left)
-        event.wait(seconds)
+        event = self._raise_flag(threading.Event)
+        event.wait(self._limit(seconds))
         return self.is_set()
 
     def raise_if_set(self) -> None:
@@ -140,56 +158,67 @@ class Token:
             raise JobCancelled("the job was told to stop")
 
     def remaining(self) -> float:
-        """Seconds until the job will be abandoned, or told to stop by its own time-out; `math.inf` when neither is set."""
-        return max(0.0, self.expires - time.monotonic())
+        """Seconds until the job is given up or its own time-out falls; `math.inf` where neither is set."""
+        return max(0.0, min(self.expires, self.timeout_at) - time.monotonic())
 
     def tell(self) -> None:
         """Tell the job to stop; inside of `shield()` it learns when it leaves it."""
-        with _events:
+        with _flags:
             self._told = True
-            if self._shields == 0 and self._event is not None:
-                self._event.set()
+            if self._shields == 0 and self._flag is not None:
+                self._flag.set()
 
-    def _shield(self) -> None:
-        with _events:
-            self._shields += 1
-            if self._event is not None:
-                self._event.clear()
+    def shield(self, step: int) -> None:
+        """Enter (1) or leave (-1) a stretch in which the job is not told to stop."""
+        with _flags:
+            self._shields += step
+            if self._flag is not None:
+                if self._shields:
+                    self._flag.clear()
+                elif self._told:
+                    self._flag.set()
 
-    def _unshield(self) -> None:
-        with _events:
-            self._shields -= 1
-            if self._shields == 0 and self._told and self._event is not None:
-                self._event.set()
+    def _raise_flag(self, make: Callable[[], Any]) -> Any:
+        with _flags:
+            if self._flag is None:
+                self._flag = make()
+                if self._told and self._shields == 0:
+                    self._flag.set()
+            return self._flag
 
-
-_events = threading.Lock()
+    def _limit(self, seconds: float | None) -> float | None:
+        if self._shields or self.timeout_at == math.inf:
+            return seconds
+        left = max(0.0, self.timeout_at - time.monotonic())
+        return left if seconds is None else min(left, seconds)
 
 
 class Work(Token):
     """One job in flight, which is its own token; made by `Tracker.begin`."""
 
-    __slots__ = ("_kind", "_slot", "cancelled_by_us", "handle", "id", "name", "on_abandon", "started", "tracker")
+    __slots__ = ("_delivered", "_due", "handle", "id", "kind_of", "name", "on_abandon", "slot", "started", "tracker")
 
     def __init__(self, tracker: Tracker, kind: Kind, id: int, name: str, handle: Any) -> None:
         self._told = tracker.told
         self._shields = 0
-        self._event = None
+        self._flag = None
         self.expires = tracker.expires
+        self.timeout_at = math.inf
         self.tracker = tracker
-        self._kind = kind
+        self.kind_of = kind
         self.id = id
         self.name = name
         self.handle = handle
         self.started = time.monotonic()
         self.on_abandon: OnAbandon | None = None
-        self.cancelled_by_us = False
-        self._slot = -1
+        self._due = False
+        self._delivered = False
+        self.slot = -1
 
     @property
     def kind(self) -> str:
         """The name of its kind: thread, task, process, greenlet or service."""
-        return self._kind.name
+        return self.kind_of.name
 
     @property
     def age(self) -> float:
@@ -199,7 +228,7 @@ class Work(Token):
     def where(self) -> str:
         """Where it stands now, as text."""
         try:
-            return self._kind.where(self)
+            return self.kind_of.where(self)
         except Exception as error:  # noqa: BLE001 - a report must be written whatever a stack looks like
             return f"unknown ({type(error).__name__}: {error})"
 
@@ -209,28 +238,80 @@ class Work(Token):
 
     def tell(self) -> None:
         """Tell the job to stop: its token, and what its kind can do; inside of `shield()` when it leaves it."""
+        self._due = True
         super().tell()
-        if self._shields == 0:
-            self._deliver()
+        self._deliver()
 
-    def _unshield(self) -> None:
-        super()._unshield()
-        if self._shields == 0 and self._told:
+    def tell_token(self) -> None:
+        """Set its token and do no more: a service pulls nothing new, and finishes what it has."""
+        super().tell()
+
+    def shield(self, step: int) -> None:
+        """Enter (1) or leave (-1) a stretch in which the job is not told to stop."""
+        super().shield(step)
+        if self._due:
             self._deliver()
 
     def _deliver(self) -> None:
-        if self.cancelled_by_us:
+        if self._delivered or self._shields:
             return
-        self.cancelled_by_us = True
+        self._delivered = True
         try:
-            self._kind.cancel(self)
+            self.kind_of.cancel(self)
         except Exception:
             self.tracker.log.exception(
-                "gracehooks: %s %d (%s) could not be told to stop", self.kind, self.id, self.name
+                "gracehooks: the %s %d (%s) could not be told to stop", self.kind, self.id, self.name
             )
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.id} {self.name!r}, {self.age:.1f} s>"
+
+
+class AsyncWork(Work):
+    """A job that lives in an event loop: its `wait` is a coroutine."""
+
+    __slots__ = ()
+
+    async def wait(self, seconds: float | None = None) -> bool:
+        """Wait until told to stop, at most `seconds` (for ever when None); gives `is_set()`."""
+        if self.is_set():
+            return True
+        loop = asyncio.get_running_loop()
+        flag: _LoopFlag = self._raise_flag(lambda: _LoopFlag(loop))
+        told = loop.create_future()
+        limit = self._limit(seconds)
+        timer = None if limit is None else loop.call_later(limit, _resolve, told)
+        flag.waiting.add(told)
+        try:
+            await told
+        finally:
+            flag.waiting.discard(told)
+            if timer is not None:
+                timer.cancel()
+        return self.is_set()
+
+
+class _LoopFlag:
+    """Wakes those who wait for a token in one event loop; other threads may raise it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.waiting: set[asyncio.Future[None]] = set()
+
+    def set(self) -> None:
+        _call_soon(self.loop, self._wake)
+
+    def clear(self) -> None:
+        pass  # whoever waits looks at the token again
+
+    def _wake(self) -> None:
+        for told in self.waiting:
+            _resolve(told)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 #: The job that this context runs in: what is started in it is a job as well.
@@ -238,7 +319,7 @@ mark: ContextVar[Work | None] = ContextVar("gracehooks_job", default=None)
 
 
 class Tracker:
-    """The jobs of one process; `page` is None outside of a server, and then `counts` still counts."""
+    """The jobs of one process; outside of a server it has a page of its own, which nobody else reads."""
 
     def __init__(
         self,
@@ -246,10 +327,12 @@ class Tracker:
         settings: settings_module.Settings | None = None,
         log: logging.Logger | None = None,
     ) -> None:
-        self.page = page
+        self.page = page if page is not None else Page(requests=1, jobs=1)
         self.settings = settings if settings is not None else settings_module.current()
         self.log = log if log is not None else logging.getLogger("gracehooks")
         self.pid = os.getpid()
+        #: With `track = "off"` jobs run, but nobody counts them or waits for them.
+        self.counting = self.settings.track != "off"
         self.told = False
         self.expires = math.inf
         self.closed = False
@@ -260,31 +343,27 @@ class Tracker:
         # Re-entrant: a finalizer that the collector runs while the lock is held may end a job.
         self._lock = threading.RLock()
         self._works: dict[int, Work] = {}
-        self._service_works: set[int] = set()
         self._wake: Callable[[], object] | None = None
         self._stoppers: list[Callable[[], object]] = []
-        self._counts = {"accepted": 0, **{each.name.lower(): 0 for each in Outcome}}
 
     # -- counting ------------------------------------------------------------------------------------------------
     def begin(self, kind: Kind, name: str, handle: Any = None, options: Options | None = None) -> Work:
         """Accept a job, and count it; raises JobRejected when the tracker is closed (and counts that)."""
+        if not self.counting and not self.closed:
+            return kind.work(self, kind, next(self._ids), name, handle)
         with self._lock:
             if self.closed:
-                self._counts["rejected"] += 1
-                if self.page is not None:
-                    self.page.job_rejected()
+                self.page.job_rejected()
                 raise JobRejected(
                     f"the {kind.name} {name!r} was not started: this worker is at its end and takes no further job"
                 )
-            work = Work(self, kind, next(self._ids), name, handle)
+            work = kind.work(self, kind, next(self._ids), name, handle)
             self._works[work.id] = work
-            self._counts["accepted"] += 1
-            if self.page is not None:
-                work._slot = self.page.job_begin(work.id, kind.name, name)
+            work.slot = self.page.job_begin(work.id, kind.name, name)
         if options is not None:
             work.on_abandon = options.on_abandon
             if options.timeout is not None:
-                work.expires = min(work.expires, work.started + options.timeout)
+                work.timeout_at = work.started + options.timeout
         return work
 
     def finish(self, work: Work, outcome: Outcome) -> bool:
@@ -292,9 +371,7 @@ class Tracker:
         with self._lock:
             if self._works.pop(work.id, None) is None:
                 return False
-            self._counts[outcome.name.lower()] += 1
-            if self.page is not None:
-                self.page.job_end(work._slot, outcome)
+            self.page.job_end(work.slot, outcome)
             wake = self._wake if not self._works else None
         if wake is not None:
             wake()
@@ -302,8 +379,7 @@ class Tracker:
 
     def counts(self) -> dict[str, int]:
         """The jobs in numbers: accepted, and one number for each outcome."""
-        with self._lock:
-            return dict(self._counts)
+        return self.page.counts()
 
     def active(self) -> list[Work]:
         """The jobs in flight, oldest first."""
@@ -339,15 +415,21 @@ class Tracker:
             except Exception:
                 self.log.exception("gracehooks: a service could not be told to stop")
 
-    def end(self, deadline: Deadline, grace: Deadline | float) -> list[Abandoned]:
+    def end(
+        self, deadline: Deadline, grace: Deadline | float, tick: Callable[[], object] | None = None
+    ) -> list[Abandoned]:
         """Wait for the jobs: undisturbed for `grace` (seconds from now), then told to stop, until `deadline`.
 
         Returns those that had not ended then; they are reported to their `on_abandon`, and killed where that is
-        possible. Afterwards the tracker is closed. Blocks; under gevent it lets other greenlets run.
+        possible. Afterwards the tracker is closed. Blocks; under gevent it lets other greenlets run. `tick` is called
+        at least once a second meanwhile, for a heartbeat.
         """
         woken = threading.Event()
         ending = Ending(self, deadline, grace, woken.set)
         while (left := ending.step(woken.clear)) is not None:
+            if tick is not None:
+                tick()
+                left = min(left, 1.0)
             woken.wait(left)
         if ending.callbacks():
             ending.done.wait(ABANDON_BOUND)
@@ -374,7 +456,7 @@ class Tracker:
             works = list(self._works.values())
         self.token.tell()
         for work in works:
-            work.expires = min(work.expires, expires)
+            work.expires = expires
             work.tell()
 
     def close_if_empty(self) -> bool:
@@ -388,8 +470,7 @@ class Tracker:
         """Close now; gives the jobs in flight, counted as abandoned."""
         with self._lock:
             self.closed = True
-            works = list(self._works.values())
-        return works
+            return list(self._works.values())
 
 
 class Ending:
@@ -409,12 +490,16 @@ class Ending:
         with tracker._lock:
             tracker._wake = wake
             for work in tracker._works.values():
-                work.expires = min(work.expires, deadline.at)
+                work.expires = deadline.at
             tracker.expires = deadline.at
 
     def step(self, clear: Callable[[], object]) -> float | None:
         """Do what is due; gives the seconds to wait for a wake-up, or None when the waiting is over."""
         tracker = self.tracker
+        if not tracker.counting:
+            tracker.tell_all(self.deadline.at)
+            tracker.close()
+            return None
         while True:
             clear()
             if not self._swept or not len(tracker):
@@ -470,10 +555,10 @@ class Ending:
         self.tracker._wake = None
         for work, _ in self.lost:
             try:
-                work._kind.kill(work)
+                work.kind_of.kill(work)
             except Exception:
                 self.tracker.log.exception("gracehooks: job %d (%s) could not be killed", work.id, work.name)
-        if self.tracker.sweeper is not None:
+        if self.lost and self.tracker.sweeper is not None:
             self.tracker.sweeper.kill(self.tracker)
         return [abandoned for _, abandoned in self.lost]
 
@@ -561,9 +646,15 @@ def _end_at_exit(tracker: Tracker) -> None:
 
 def _after_fork_in_child() -> None:
     # The parent's jobs are the parent's: their threads do not exist here, and their locks may be held for ever.
-    global _current, _making, _events
+    global _current, _making, _flags
+    if _current is not None:
+        # The page is shared with the parent: a copy of its jobs that ends here must not be counted again.
+        _current.counting = False
+        _current._works = {}
+        _current._lock = threading.RLock()
+        _current._wake = None
     _making = threading.Lock()
-    _events = threading.Lock()
+    _flags = threading.Lock()
     _current = None
     mark.set(None)
 

@@ -1,0 +1,62 @@
+"""What is started in a request and is no job: the pools, monitors and reporters of libraries.
+
+They are told by the module of what they run. Such a thread lives as long as its process; waiting for it would make
+every stop last until its deadline. A library that is not listed is taken for the application: start it at import, or
+in an empty context (`contextvars.Context().run(start)`), which belongs to no request.
+"""
+
+from __future__ import annotations
+
+from types import CodeType
+from typing import Any
+
+__all__ = ["PACKAGES", "is_infrastructure", "is_server_task"]
+
+#: Packages whose own threads and processes are infrastructure.
+PACKAGES = frozenset(
+    {
+        # pools and loops: the work in them is what may be a job
+        "anyio", "apscheduler", "asgiref", "asyncio", "concurrent", "gevent", "gracehooks", "gunicorn", "multiprocessing",
+        "trio", "uvicorn", "uvloop", "watchfiles",
+        # errors, metrics, traces
+        "airbrake", "analytics", "beeline", "bugsnag", "datadog", "ddtrace", "elasticapm", "honeybadger", "instana",
+        "libhoney", "logfire", "logging", "logtail", "loguru", "newrelic", "opentelemetry", "posthog", "prometheus_client",
+        "pyroscope", "raven", "rollbar", "rudderstack", "scout_apm", "segment", "sentry_sdk", "statsd", "structlog",
+        # flags and configuration
+        "flagsmith", "ldclient", "launchdarkly", "statsig", "UnleashClient", "configcat", "configcatclient",
+        # clients with a thread or a task of their own
+        "aio_pika", "aiokafka", "aiormq", "asyncpg", "boto3", "botocore", "cassandra", "confluent_kafka", "elastic_transport",
+        "firebase_admin", "google", "grpc", "h2", "hazelcast", "httpcore", "kafka", "kazoo", "kombu", "motor", "nats",
+        "neo4j", "paho", "pika", "psycopg_pool", "pulsar", "pymongo", "redis", "s3transfer", "sqlalchemy", "stomp", "urllib3",
+        "websockets",
+    }
+)  # fmt: skip
+
+_tasks: dict[CodeType, bool] = {}
+
+
+def is_infrastructure(*things: Any) -> bool:
+    """Whether one of the things (a class, a function) is defined in one of the packages."""
+    return any(_package(thing) in PACKAGES for thing in things)
+
+
+def is_server_task(coroutine: Any) -> bool:
+    """Whether a coroutine, not started yet, is infrastructure: a server's own task, a client's keep-alive.
+
+    asyncio's and anyio's are not: what they wrap is the application's.
+    """
+    code = getattr(coroutine, "cr_code", None)
+    if code is None:
+        return False
+    known = _tasks.get(code)
+    if known is None:
+        frame = coroutine.cr_frame
+        module = frame.f_globals.get("__name__", "") if frame is not None else ""
+        package = module.partition(".")[0]
+        known = _tasks[code] = package in PACKAGES and package not in ("asyncio", "anyio", "asgiref", "gracehooks")
+    return known
+
+
+def _package(thing: Any) -> str:
+    module = getattr(thing, "__module__", None)
+    return module.partition(".")[0] if isinstance(module, str) else ""
