@@ -1,6 +1,6 @@
 """Load on a server while a test does something to it, and what became of every request.
 
-The clients run in one separate process (tests/kit/clients.py), so that they neither slow the test down nor are slowed
+The clients run in one separate process (gracehooks/demo/clients.py), so that they neither slow the test down nor are slowed
 down by it. `traffic.lost` is what a test asserts on; waiting is by numbers of answers, never by time.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import struct
 import subprocess
 import sys
 import tempfile
@@ -20,15 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gracehooks.demo import clients as clients_script
 from tests.kit.server import Address, Server
 from tests.kit.waiting import eventually
 
 __all__ = ["LOST", "Outcome", "Traffic", "load"]
 
-OUTCOMES = ("ok", "refused", "reset_before_byte", "cut", "wrong_status", "closed_idle", "timeout")
+OUTCOMES = clients_script.OUTCOMES
 #: The outcomes that are losses; `closed_idle` is none: no request was on its way.
 LOST = ("refused", "reset_before_byte", "cut", "wrong_status", "timeout")
-_RECORD = struct.Struct("=ddBB")
+_RECORD = clients_script.RECORD
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def load(
     handle, timeline = tempfile.mkstemp(prefix="gracekit-timeline-")
     os.close(handle)
     process = subprocess.Popen(
-        [sys.executable, "-S", "-E", str(Path(__file__).with_name("clients.py"))],
+        [sys.executable, "-S", "-E", clients_script.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

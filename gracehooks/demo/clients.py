@@ -1,7 +1,8 @@
 """Closed-loop HTTP clients over raw sockets, in a process of their own (standard library only).
 
-Started by tests/kit/traffic.py: one JSON object on standard input says what to do, one JSON line each 50 ms on standard
-output says what happened, and the end of standard input is the end: each client finishes the request that it has begun.
+The demo and the project's own tests run it as a script: one JSON object on standard input says what to do, one JSON line
+each 50 ms on standard output says what happened, and the end of standard input is the end: each client finishes the
+request that it has begun.
 What counts, for each request:
 
 - before sending on a kept connection the client looks whether the server has closed it; if so, that is `closed_idle`: no
@@ -23,6 +24,7 @@ import struct
 import sys
 import threading
 import time
+from typing import Any
 
 OUTCOMES = ("ok", "refused", "reset_before_byte", "cut", "wrong_status", "closed_idle", "timeout")
 OK, REFUSED, RESET, CUT, WRONG, IDLE, TIMEOUT = range(7)
@@ -31,7 +33,9 @@ SOONEST_RETRY = 0.01  # after a refusal, so that a dead server is not a busy loo
 
 
 class Bad(Exception):  # noqa: N818 - an outcome, not an error of this program
-    def __init__(self, outcome, detail):
+    """A request that had no whole answer: its outcome, and what was seen."""
+
+    def __init__(self, outcome: int, detail: str) -> None:
         super().__init__(detail)
         self.outcome = outcome
         self.detail = detail
@@ -40,11 +44,12 @@ class Bad(Exception):  # noqa: N818 - an outcome, not an error of this program
 class Connection:
     """One connection and the bytes read from it and not used yet."""
 
-    def __init__(self, address, timeout):
+    def __init__(self, address: dict[str, Any], timeout: float) -> None:
         family = {"tcp": socket.AF_INET, "tcp6": socket.AF_INET6, "unix": socket.AF_UNIX}[address["family"]]
         self.socket = socket.socket(family)
         self.rest = b""
         self.answer_begun = False
+        self.broken: OSError | None = None
         self.until = time.monotonic() + timeout
         try:
             self.socket.settimeout(timeout)
@@ -58,10 +63,11 @@ class Connection:
             self.close()
             raise Bad(REFUSED, repr(error)) from None
 
-    def close(self):
+    def close(self) -> None:
+        """Close it."""
         self.socket.close()
 
-    def was_closed(self):
+    def was_closed(self) -> bool:
         """Whether the server closed it while it was idle, as a client that looks can see."""
         readable, _, _ = select.select([self.socket], [], [], 0)
         if not readable:
@@ -71,7 +77,8 @@ class Connection:
         except OSError:
             return True
 
-    def send(self, data):
+    def send(self, data: bytes) -> None:
+        """Send all of it; where the server closes meanwhile, its answer is still looked for."""
         try:
             self.socket.sendall(data)
         except TimeoutError:
@@ -79,9 +86,8 @@ class Connection:
         except OSError as error:
             self.broken = error  # an answer may have been sent all the same: read it first
 
-    broken = None
-
-    def more(self):
+    def more(self) -> None:
+        """Read what comes next."""
         self.socket.settimeout(max(0.001, self.until - time.monotonic()))
         try:
             data = self.socket.recv(65536)
@@ -96,19 +102,21 @@ class Connection:
         self.answer_begun = True
         self.rest += data
 
-    def line(self):
+    def line(self) -> bytes:
+        """The next line, without its end."""
         while b"\r\n" not in self.rest:
             self.more()
         line, _, self.rest = self.rest.partition(b"\r\n")
         return line
 
-    def exactly(self, size):
+    def exactly(self, size: int) -> bytes:
+        """The next `size` bytes."""
         while len(self.rest) < size:
             self.more()
         data, self.rest = self.rest[:size], self.rest[size:]
         return data
 
-    def read_answer(self):
+    def read_answer(self) -> tuple[int, bool, bytes]:
         """The status, whether the connection stays, the body."""
         self.answer_begun = False
         while True:
@@ -142,16 +150,19 @@ class Connection:
 
 
 class Client(threading.Thread):
-    def __init__(self, book, plan, kind, number):
+    """One closed loop: ask, wait for the answer, think, ask again."""
+
+    def __init__(self, book: Book, plan: dict[str, Any], kind: str, number: int) -> None:
         super().__init__(daemon=True)
         self.book = book
         self.plan = plan
         self.kind = kind
         self.code = plan["kinds"].index(kind)
         self.random = random.Random(number)
-        self.kept = None
+        self.kept: Connection | None = None
 
-    def run(self):
+    def run(self) -> None:
+        """Until the book is closed."""
         plan = self.plan
         if plan["think"]:
             time.sleep(self.random.uniform(0, plan["think"]))
@@ -168,19 +179,21 @@ class Client(threading.Thread):
                 self.book.note(self.code, bad.outcome, begun, bad.detail)
                 if bad.outcome == REFUSED:
                     time.sleep(SOONEST_RETRY)
-            except Exception as error:  # an answer that is no HTTP is a wrong one
+            except Exception as error:  # noqa: BLE001 - an answer that is no HTTP is a wrong one
                 self.drop()
                 self.book.note(self.code, WRONG, begun, repr(error))
             if plan["think"]:
                 self.book.ended.wait(self.random.uniform(0, 2 * plan["think"]))
         self.drop()
 
-    def drop(self):
+    def drop(self) -> None:
+        """Close the connection, if there is one."""
         if self.kept is not None:
             self.kept.close()
             self.kept = None
 
-    def once(self):
+    def once(self) -> None:
+        """One request, to the end of its answer; raises Bad."""
         plan, kind = self.plan, self.kind
         timeout = plan["timeout"]
         connection = self.kept
@@ -221,15 +234,16 @@ class Client(threading.Thread):
 class Book:
     """What happened, in numbers; each line out tells what is new."""
 
-    def __init__(self, kinds, timeline):
+    def __init__(self, kinds: list[str], timeline: str) -> None:
         self.ended = threading.Event()
         self.lock = threading.Lock()
         self.counts = [[0] * len(OUTCOMES) for _ in kinds]
         self.kinds = kinds
-        self.notable = []
+        self.notable: list[dict[str, Any]] = []
         self.timeline = open(timeline, "wb")  # noqa: SIM115 - open for as long as the process
 
-    def note(self, code, outcome, begun, detail):
+    def note(self, code: int, outcome: int, begun: float, detail: str) -> None:
+        """One request has ended so."""
         now = time.monotonic()
         with self.lock:
             self.counts[code][outcome] += 1
@@ -245,7 +259,8 @@ class Book:
                     }
                 )
 
-    def say(self, last=False):
+    def say(self, last: bool = False) -> None:
+        """One line with all numbers, and the losses since the line before."""
         with self.lock:
             notable, self.notable = self.notable[:2000], self.notable[2000:]
             if last:
@@ -255,7 +270,8 @@ class Book:
         sys.stdout.flush()
 
 
-def main():
+def main() -> None:
+    """Read the plan, run the clients, end when standard input does."""
     plan = json.loads(sys.stdin.readline())
     book = Book(plan["kinds"], plan["timeline"])
     clients = [
