@@ -32,7 +32,8 @@ PACKAGES = frozenset(
     }
 )  # fmt: skip
 
-_tasks: dict[CodeType, bool] = {}
+#: By the identity of the code, with the code, which keeps the identity its own: hashing code is slow.
+_tasks: dict[int, tuple[bool, CodeType]] = {}
 
 
 def is_infrastructure(*things: Any) -> bool:
@@ -48,13 +49,14 @@ def is_server_task(coroutine: Any) -> bool:
     code = getattr(coroutine, "cr_code", None)
     if code is None:
         return False
-    known = _tasks.get(code)
+    known = _tasks.get(id(code))
     if known is None:
         frame = coroutine.cr_frame
         module = frame.f_globals.get("__name__", "") if frame is not None else ""
         package = module.partition(".")[0]
-        known = _tasks[code] = package in PACKAGES and package not in ("asyncio", "anyio", "asgiref", "gracehooks")
-    return known
+        answer = package in PACKAGES and package not in ("asyncio", "anyio", "asgiref", "gracehooks")
+        known = _tasks[id(code)] = (answer, code)
+    return known[0]
 
 
 def _package(thing: Any) -> str:

@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 _in_request = requests._current.get
 _in_job = tracker.mark.get
+_set_mark = tracker.mark.set
+_reset_mark = tracker.mark.reset
 _NO_CONTEXT = Context()
 
 #: What `@jobs.job` said of coroutine functions, by the identity of their code.
@@ -81,20 +83,27 @@ def plain_task(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     return _original(type(loop))(loop, coroutine)  # type: ignore[no-any-return]
 
 
-def _ended(work: Work, task: asyncio.Task[Any]) -> None:
-    if task.cancelled():
-        work.tracker.finish(work, Outcome.CANCELLED)
-        return
-    # `exception()` would mark it as retrieved, and asyncio would no more say that nobody looked at it.
-    work.tracker.finish(work, Outcome.SUCCEEDED if task._exception is None else Outcome.FAILED)
+class TaskWork(AsyncWork):
+    """A task in flight; the loop calls `ended` when it is done."""
+
+    def ended(self, task: asyncio.Task[Any]) -> None:
+        """Count how a task ended that is somebody else's."""
+        if task.cancelled():
+            self.tracker.finish(self, Outcome.CANCELLED)
+        else:
+            # `exception()` would mark it as retrieved, and asyncio would no more say that nobody looked at it.
+            self.tracker.finish(self, Outcome.SUCCEEDED if task._exception is None else Outcome.FAILED)
+
+    def ended_ours(self, task: asyncio.Task[Any]) -> None:
+        """Count how a task of `create_task` ended; its exception is logged, once."""
+        if not task.cancelled():
+            error = task.exception()
+            if error is not None:
+                log_failure(self, error)
+        self.ended(task)
 
 
-def _ended_ours(work: Work, task: asyncio.Task[Any]) -> None:
-    if not task.cancelled():
-        error = task.exception()
-        if error is not None:
-            log_failure(work, error)
-    _ended(work, task)
+_TaskKind.work = TaskWork
 
 
 def _create(
@@ -104,7 +113,7 @@ def _create(
     coroutine: Coroutine[Any, Any, T],
     name: str,
     keywords: dict[str, Any],
-    ended: Callable[[Work, asyncio.Task[Any]], None],
+    ours: bool,
 ) -> asyncio.Task[T]:
     options = _options.get(id(getattr(coroutine, "cr_code", None))) if _options else None
     try:
@@ -112,21 +121,21 @@ def _create(
     except JobRejected:
         coroutine.close()
         raise
+    assert isinstance(work, TaskWork)
+    # The task copies this context; one that is given is the caller's, and stays as it is.
+    token = _set_mark(work)
     try:
-        # The task copies this context; one that is given is the caller's, and stays as it is.
-        token = tracker.mark.set(work)
-        try:
-            task = make(loop, coroutine, **keywords)
-        finally:
-            tracker.mark.reset(token)
+        task = make(loop, coroutine, **keywords)
     except BaseException:
         found.finish(work, Outcome.FAILED)
         raise
+    finally:
+        _reset_mark(token)
     work.handle = task
-    if work.timeout_at < float("inf"):
-        timer = loop.call_later(work.timeout_at - work.started, work.tell)
+    if options is not None and options.timeout is not None:
+        timer = loop.call_later(options.timeout, work.tell)
         task.add_done_callback(lambda _: timer.cancel())
-    task.add_done_callback(lambda done: ended(work, done), context=_NO_CONTEXT)
+    task.add_done_callback(work.ended_ours if ours else work.ended, context=_NO_CONTEXT)
     return task
 
 
@@ -141,9 +150,10 @@ def create_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -
     except JobRejected:
         coroutine.close()
         raise
-    label = name if name is not None else _name_of(coroutine)
-    make = _original(type(loop))
-    return _create(make, loop, found, coroutine, label, {} if name is None else {"name": name}, _ended_ours)
+    make = _originals.get(type(loop)) or _original(type(loop))
+    if name is None:
+        return _create(make, loop, found, coroutine, _name_of(coroutine), {}, True)
+    return _create(make, loop, found, coroutine, name, {"name": name}, True)
 
 
 def track_task(task: asyncio.Task[Any], name: str | None) -> None:
@@ -151,24 +161,28 @@ def track_task(task: asyncio.Task[Any], name: str | None) -> None:
     found = tracker.require()
     label = name or (_name_of(task.get_coro()) if hasattr(task, "get_coro") else "future")
     work = found.begin(TASK, label, task)
-    task.add_done_callback(lambda done: _ended(work, done))
+    assert isinstance(work, TaskWork)
+    task.add_done_callback(work.ended)
 
 
 def _name_of(coroutine: Any) -> str:
-    return getattr(coroutine, "__qualname__", None) or type(coroutine).__qualname__
+    try:
+        return coroutine.__qualname__  # type: ignore[no-any-return]
+    except AttributeError:
+        return type(coroutine).__qualname__
 
 
 # -- born in a request -------------------------------------------------------------------------------------------
 _originals: dict[type, Callable[..., Any]] = {}
 
 
-def _original(loop: type) -> Callable[..., Any]:
+def _original(loop: type[Any]) -> Callable[..., Any]:
     for base in loop.__mro__:
         if base in _originals:
             return _originals[base]
         if "create_task" in base.__dict__:
             return base.__dict__["create_task"]  # type: ignore[no-any-return]
-    raise TypeError(f"{loop.__qualname__} is no event loop")  # pragma: no cover
+    return loop.create_task  # type: ignore[no-any-return]
 
 
 def _wrap(loop: Any) -> None:
@@ -178,7 +192,7 @@ def _wrap(loop: Any) -> None:
     _originals[loop] = make
 
     def create_task(self: Any, coro: Coroutine[Any, Any, T], **keywords: Any) -> asyncio.Task[T]:
-        context = keywords.get("context")
+        context = keywords.get("context") if keywords else None
         if context is not None:
             born = context.get(tracker.mark) is not None or context.get(requests._current) is not None
         else:
@@ -188,8 +202,8 @@ def _wrap(loop: Any) -> None:
         found = tracker.current()
         if found is None or is_server_task(coro):
             return make(self, coro, **keywords)  # type: ignore[no-any-return]
-        name = keywords.get("name")
-        return _create(make, self, found, coro, _name_of(coro) if name is None else str(name), keywords, _ended)
+        name = keywords.get("name") if keywords else None
+        return _create(make, self, found, coro, _name_of(coro) if name is None else str(name), keywords, False)
 
     loop.create_task = create_task
 

@@ -126,14 +126,12 @@ class Token:
     `expires` is when the job is given up, in monotonic seconds.
     """
 
-    __slots__ = ("_flag", "_shields", "_told", "expires", "timeout_at")
-
-    def __init__(self) -> None:
-        self._told = False
-        self._shields = 0
-        self._flag: _Flag | None = None
-        self.expires = math.inf
-        self.timeout_at = math.inf
+    # Defaults live in the class: most jobs never set one of them, and making a job is on the hot path.
+    _told = False
+    _shields = 0
+    _flag: _Flag | None = None
+    expires = math.inf
+    timeout_at = math.inf
 
     def is_set(self) -> bool:
         """Whether the job was told to stop; False inside of `shield()`."""
@@ -196,24 +194,18 @@ class Token:
 class Work(Token):
     """One job in flight, which is its own token; made by `Tracker.begin`."""
 
-    __slots__ = ("_delivered", "_due", "handle", "id", "kind_of", "name", "on_abandon", "slot", "started", "tracker")
+    on_abandon: OnAbandon | None = None
+    slot = -1
+    _due = False
+    _delivered = False
 
     def __init__(self, tracker: Tracker, kind: Kind, id: int, name: str, handle: Any) -> None:
-        self._told = tracker.told
-        self._shields = 0
-        self._flag = None
-        self.expires = tracker.expires
-        self.timeout_at = math.inf
         self.tracker = tracker
         self.kind_of = kind
         self.id = id
         self.name = name
         self.handle = handle
         self.started = time.monotonic()
-        self.on_abandon: OnAbandon | None = None
-        self._due = False
-        self._delivered = False
-        self.slot = -1
 
     @property
     def kind(self) -> str:
@@ -269,8 +261,6 @@ class Work(Token):
 
 class AsyncWork(Work):
     """A job that lives in an event loop: its `wait` is a coroutine."""
-
-    __slots__ = ()
 
     async def wait(self, seconds: float | None = None) -> bool:
         """Wait until told to stop, at most `seconds` (for ever when None); gives `is_set()`."""
@@ -335,6 +325,7 @@ class Tracker:
         self.counting = self.settings.track != "off"
         self.told = False
         self.expires = math.inf
+        self.ending = False
         self.closed = False
         self.services_stopped = False
         self.sweeper: Sweeper | None = None
@@ -360,6 +351,9 @@ class Tracker:
             work = kind.work(self, kind, next(self._ids), name, handle)
             self._works[work.id] = work
             work.slot = self.page.job_begin(work.id, kind.name, name)
+            if self.ending:
+                work._told = self.told
+                work.expires = self.expires
         if options is not None:
             work.on_abandon = options.on_abandon
             if options.timeout is not None:
@@ -451,7 +445,7 @@ class Tracker:
     def tell_all(self, expires: float = math.inf) -> None:
         """Tell every job to stop, also those that begin from now on; `expires` is when they are given up."""
         with self._lock:
-            self.told = True
+            self.ending = self.told = True
             self.expires = expires
             works = list(self._works.values())
         self.token.tell()
@@ -491,6 +485,7 @@ class Ending:
             tracker._wake = wake
             for work in tracker._works.values():
                 work.expires = deadline.at
+            tracker.ending = True
             tracker.expires = deadline.at
 
     def step(self, clear: Callable[[], object]) -> float | None:
