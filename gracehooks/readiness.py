@@ -7,6 +7,8 @@ once which page is this process's (`watch`); without one, in a shell or a test, 
 from __future__ import annotations
 
 import inspect
+import sys
+import types
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -50,7 +52,8 @@ def readiness(app: Callable[..., Any], path: str = "/-/ready") -> Callable[..., 
 
 def is_asgi(app: Callable[..., Any]) -> bool:
     """Whether the application speaks ASGI."""
-    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(type(app), "__call__", None)):
+    calls = (app, *(vars(base).get("__call__") for base in type(app).__mro__))
+    if any(inspect.iscoroutinefunction(each) for each in calls):
         return True
     try:
         wanted = [
@@ -103,3 +106,13 @@ class ASGI:
         ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+class _Module(types.ModuleType):
+    """`gracehooks.readiness` is this function to everybody, and once imported also this module: it answers as both."""
+
+    def __call__(self, app: Callable[..., Any], path: str = "/-/ready") -> Callable[..., Any]:
+        return readiness(app, path)
+
+
+sys.modules[__name__].__class__ = _Module

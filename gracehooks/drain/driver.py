@@ -62,6 +62,8 @@ THREADS_AT_EXIT = 0.3
 BEAT = 0.5
 #: Kinds of jobs that run on while the event loop is blocked.
 OUTSIDE_THE_LOOP = ("thread", "process")
+#: What a report says of a request that had begun to arrive and was never read.
+UNREAD = {"method": "?", "path": "?", "age": 0.0, "where": ""}
 
 
 class Host(Protocol):
@@ -110,7 +112,10 @@ class Drain:
         self._takes_over = takes_over
         self._lock = allocate_lock()
         self._taken = False
-        self._orphan = False
+        #: Whether the master is gone.
+        self.orphan = False
+        #: How many connections had sent something that was never read, when the requests' deadline passed.
+        self.unserved = 0
         self._numbers = itertools.count()
         self._in_flight: dict[int, tuple[requests.Ticket, str, str, float, object]] = {}
         self._said: set[int] = set()
@@ -173,12 +178,12 @@ class Drain:
     @property
     def final(self) -> bool:
         """Whether nobody else will serve what waits at the listener: a final stop, or the master is gone."""
-        return self._orphan or self.page.order is Order.STOP
+        return self.orphan or self.page.order is Order.STOP
 
     def look(self) -> bool:
         """Look at the order on the page and at the parent; gives `leaving`. Cheap, for each heartbeat."""
-        if os.getppid() != self.parent and not self._orphan:
-            self._orphan = True
+        if os.getppid() != self.parent and not self.orphan:
+            self.orphan = True
             self.told("the master is gone")
         elif not self.leaving:
             order = self.page.order
@@ -272,7 +277,7 @@ class Drain:
         return self._sentinel is not None and self._sentinel.is_here()
 
     def _requests_over(self) -> None:
-        actions = self._fact(Fact.DEADLINE_PASSED if self._in_flight else Fact.REQUESTS_ENDED)
+        actions = self._fact(Fact.DEADLINE_PASSED if self._in_flight or self.unserved else Fact.REQUESTS_ENDED)
         if Action.REPORT_REQUESTS in actions:
             self._account("drain_timeout")
 
@@ -314,6 +319,8 @@ class Drain:
             number: report.InFlight(method, path.partition("?")[0], started, handle).facts(frames)
             for number, (_, method, path, started, handle) in list(self._in_flight.items())
         }
+        # Connections whose request nobody has read have no name; each is a loss all the same.
+        found.update({-number: dict(UNREAD) for number in range(1, self.unserved + 1)})
         self.page.report = report.as_json(found.values(), self._abandoned, reason) if found or self._abandoned else ""
         return found, self._abandoned
 

@@ -1,0 +1,212 @@
+"""What our own worker classes have in common: the drain of `gracehooks.drain`, hung into gunicorn's worker.
+
+A class serves with gunicorn's own loop, unchanged. When it is time to leave, `notify` raises `Leaving` at the top of that
+loop; `run` catches it there and the class's `drain_requests` takes over what the loop has left: the listeners, the
+connections, the pool. Then come the jobs and the callbacks, and then gunicorn's own exit with its hooks.
+
+It relies on gunicorn's `Worker.run`, `notify`, `handle_exit`, `handle_quit`, `handle_abort`, `alive`, `max_requests`,
+`tmp`, `PIPE`, and on `spawn_worker` being the caller of `init_process` (tests/contract/test_worker_base.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from gracehooks.drain.driver import Drain
+from gracehooks.gunicorn.workers.attached import Attached
+from gracehooks.readiness import watch
+
+__all__ = ["Drained", "Leaving"]
+
+
+class Leaving(BaseException):  # no error, and no `except Exception` may swallow it
+    """The worker's turn: leave gunicorn's loop, the drain begins."""
+
+
+class Drained(Attached):
+    """A mixin, to be put before a gunicorn worker class; the class adds `drain_requests`."""
+
+    drains = True
+    #: Whether the sentinel may run the ends of jobs and the callbacks when the main thread is stuck; not in event loops.
+    takes_over = True
+    #: Whether `notify` raises `Leaving` when it is time; a class with a loop of its own asks `drain.look()` itself.
+    leaves_at_notify = True
+
+    # gunicorn's own attributes, which have no types.
+    cfg: Any
+    log: Any
+    ppid: int
+    pid: Any
+    nr: int
+    tmp: Any
+    booted: bool
+    sockets: list[Any]
+    max_requests: int
+    PIPE: Any
+
+    _alive = True
+    _serving = False
+    _recycle_at = sys.maxsize
+    _server: Any = None
+    drain: Drain
+
+    # -- the life of the process -----------------------------------------------------------------------------------
+    def init_process(self) -> None:
+        """Boot and run, under the eyes of the sentinel; the exit code says whether something was lost."""
+        self._server = _caller()
+        self._recycle_at, self.max_requests = self.max_requests, sys.maxsize
+        self.drain = Drain(
+            self.page,
+            self.settings,
+            self.log,
+            self,
+            parent=self.ppid,
+            takes_over=self.takes_over,
+            descriptor=_descriptor(self.log),
+        )
+        watch(self.page)
+        self._watch_the_exit()
+        self.drain.watch()
+        super().init_process()
+        if self.drain.exit_code:
+            sys.exit(self.drain.exit_code)
+
+    def run(self) -> None:
+        """Serve as gunicorn does, until told to leave; then the phases."""
+        self._serving = True
+        try:
+            super().run()  # type: ignore[misc]
+        except Leaving:
+            pass
+        self._serving = False
+        if not self.drain.leaving:
+            self.drain.told("the loop ended")
+        self.drain.accepting_ends()
+        self._alive = False
+        self.drain_requests()
+        self.drain.finish()
+
+    def drain_requests(self) -> None:
+        """ACCEPTING_ENDS and REQUESTS: end them before `drain.deadline`, or return when it has passed."""
+        raise NotImplementedError
+
+    def notify(self) -> None:
+        """The heartbeat, and the moment at which the worker leaves gunicorn's loop."""
+        super().notify()
+        if self._serving and self.leaves_at_notify and self.drain.look() and self.at_loop():
+            raise Leaving
+
+    def at_loop(self) -> bool:
+        """Whether this call comes from gunicorn's loop; an application may call `notify` too."""
+        return threading.current_thread() is threading.main_thread() and not self.drain.in_flight
+
+    @property
+    def alive(self) -> bool:
+        """gunicorn's own flag. What clears it while the worker serves (a hook, the reloader) begins the drain instead."""
+        return self._alive
+
+    @alive.setter
+    def alive(self, alive: bool) -> None:
+        if alive or not self._serving:
+            self._alive = alive
+        else:
+            self.drain.told("the worker was asked to stop")
+
+    def is_parent_alive(self) -> bool:
+        """gunicorn's loops end when the parent has changed; ours drains."""
+        self.drain.look()
+        return True
+
+    # -- signals -----------------------------------------------------------------------------------------------------
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM: record it. A worker that still boots has nothing to lose and leaves at once."""
+        del frame
+        self.drain.told(signal.Signals(sig).name)
+        if not self.booted:
+            sys.exit(0)
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """SIGQUIT, SIGINT: the hammer. The report, gunicorn's `worker_int` hook, the exit; within half a second."""
+        del frame
+        self._end_now(signal.Signals(sig).name, self.cfg.worker_int)
+
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """SIGABRT, which gunicorn's master sends at a time-out: the same, with its `worker_abort` hook and code 1."""
+        del sig, frame
+        self.drain.exit_code = 1
+        self._end_now("WORKER TIMEOUT", self.cfg.worker_abort)
+
+    def _end_now(self, reason: str, hook: Any) -> None:
+        self._serving = self._alive = False
+        code = self.drain.hammer(reason)
+        hook(self)
+        sys.exit(code)
+
+    # -- what the drain needs of its host (drain.driver.Host) ----------------------------------------------------------
+    def beat(self) -> None:
+        """The heartbeat alone, from any thread."""
+        try:
+            self.tmp.notify()
+        except (OSError, ValueError):
+            return  # gunicorn closes the file just before its last hook
+        self.page.heartbeat = time.monotonic()
+
+    def wake(self) -> None:
+        """Wake the loop: it looks at gunicorn's own pipe."""
+        if self.PIPE:
+            try:
+                os.write(self.PIPE[1], b"!")
+            except OSError:
+                pass  # full: it will wake anyway
+
+    def last_words(self) -> None:
+        """What `spawn_worker` does last, in the place of a main thread that is stuck."""
+        self.log.info("Worker exiting (pid: %s)", self.pid)
+        try:
+            self.cfg.worker_exit(self._server, self)
+        except Exception:
+            self.log.exception("Exception during worker exit")
+
+    def _watch_the_exit(self) -> None:
+        theirs = self.cfg.worker_exit
+
+        def worker_exit(server: Any, worker: Any) -> None:
+            try:
+                theirs(server, worker)
+            finally:
+                self.drain.exiting()
+
+        self.cfg.set("worker_exit", worker_exit)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+    def ask_for_replacement(self) -> None:
+        """`max_requests` is reached: the master brings a replacement, and until it is ready this worker serves on."""
+        if not self.page.wants_replacement:
+            self.page.wants_replacement = True
+            self.log.info("gracehooks: max_requests reached, asking for a replacement")
+            self.wake_master()
+
+
+def _caller() -> Any:
+    """The arbiter, which is the `self` of `spawn_worker`: gunicorn gives it to `worker_exit` and to nobody else."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "spawn_worker":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame.f_locals.get("self") if frame is not None else None
+
+
+def _descriptor(log: Any) -> int:
+    """Where the error log goes, for what must be written without Python."""
+    for handler in getattr(getattr(log, "error_log", None), "handlers", ()):
+        if isinstance(handler, logging.StreamHandler):
+            try:
+                return int(handler.stream.fileno())
+            except (AttributeError, OSError, ValueError):
+                continue
+    return 2

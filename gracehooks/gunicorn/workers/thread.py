@@ -1,0 +1,389 @@
+"""`gracehooks.Worker`: gunicorn's gthread worker that leaves without losing.
+
+While it serves, gunicorn's loop runs. Three things are ours all the time, since a drain must find them in order:
+- a new connection waits for its first byte in the poller and takes no thread (gunicorn 23 does that too, later ones let
+  it wait in a thread), so silent clients cannot keep a request from being answered;
+- a connection whose answer said keep-alive is kept, whatever has happened since;
+- a connection is closed in two steps: our side first, then, when the client has closed or some time has passed, the rest;
+  bytes that were still on their way would otherwise make the kernel take back the answer (RFC 9112 section 9.6).
+
+It relies on `TConn`, `enqueue_req`, `handle`, `finish_request`, `keepalived_conns` or `_keep`, `poller`, `tpool`,
+`nr_conns`, `murder_keepalived` of gunicorn's `ThreadWorker` (tests/contract/test_gthread.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+from gunicorn.workers import gthread
+
+from gracehooks.gunicorn.workers.drained import Drained
+
+__all__ = ["Worker"]
+
+#: gunicorn 24 and later finish requests in the main thread, through a queue; 23 does it in the pool's threads.
+QUEUED = hasattr(gthread, "PollableMethodQueue")
+#: How long a new connection may wait for its first byte while the worker serves; gunicorn 23 sets no bound.
+UNGUARDED: AbstractContextManager[Any] = nullcontext()
+FIRST_BYTE = getattr(gthread, "DEFAULT_WORKER_DATA_TIMEOUT", float("inf"))
+#: How long a connection whose answer has been sent waits for the client to close, in seconds.
+CLOSING = 2.0
+#: How many requests wait for a thread, at most, for each thread, while the backlog is being accepted: the other workers
+#: of a stop accept from the same one.
+AHEAD = 4
+#: The longest pause of the loop while it drains, in seconds; a heartbeat at least as often.
+PAUSE = 0.25
+TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED, errno.EINTR)
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Worker(Drained, gthread.ThreadWorker):
+    """The `worker_class` of `gracehooks.Worker`: threads, keep-alive, and a drain in phases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Connections that a thread has, or that wait for one.
+        self._busy: set[Any] = set()
+        #: New connections that have sent nothing yet, oldest first; the same name and use as gunicorn's.
+        self.pending_conns: deque[Any] = deque()
+        #: Connections that we have closed and the client has not, with the time when we stop waiting.
+        self._closing: dict[Any, float] = {}
+        #: A pipe that becomes readable when the drain begins; idle HTTP/2 connections wait on it too.
+        self._left: tuple[int, int] = (-1, -1)
+
+    # -- serving -----------------------------------------------------------------------------------------------------
+    def init_process(self) -> None:
+        """Boot; the pipe is made in the worker's own process."""
+        self._left = os.pipe()
+        super().init_process()
+
+    @property
+    def _guard(self) -> AbstractContextManager[Any]:
+        # gunicorn 23 touches its poller and its connections from the pool's threads, under this lock.
+        guard: AbstractContextManager[Any] = UNGUARDED if QUEUED else self._lock
+        return guard
+
+    def at_loop(self) -> bool:
+        """The application never runs in the main thread."""
+        return threading.get_ident() == threading.main_thread().ident
+
+    def run(self) -> None:
+        """gunicorn's loop, woken by signals at once instead of within a second."""
+        self.poller.register(self.PIPE[0], selectors.EVENT_READ, self._woken)
+        super().run()
+
+    def _woken(self, _: Any) -> None:
+        try:
+            while os.read(self.PIPE[0], 1024):
+                pass
+        except OSError:
+            pass
+
+    def notify(self) -> None:
+        """The heartbeat; at each turn, close what has waited long enough for its client to close."""
+        if self._closing:
+            self._sweep_closing(time.monotonic())
+        super().notify()
+
+    def accept(self, *args: Any) -> None:
+        """Accept one connection of the listener (the last argument); it waits in the poller until it has sent something."""
+        self._accept(args[-1])
+
+    def _accept(self, listener: Any) -> bool:
+        """Accept one; False when there is none."""
+        try:
+            client, address = listener.accept()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            return error.errno in (errno.ECONNABORTED, errno.EINTR)
+        self.nr_conns += 1
+        conn = gthread.TConn(self.cfg, client, address, listener.getsockname())
+        conn.data_ready = True
+        if readable(client):
+            self.enqueue_req(conn)
+            return True
+        wait = FIRST_BYTE + self.cfg.keepalive if self.alive else self.drain.linger(used=False)
+        conn.timeout = time.monotonic() + wait
+        with self._guard:
+            self.pending_conns.append(conn)
+            self.poller.register(client, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
+        return True
+
+    def on_pending_socket_readable(self, conn: Any, client: Any) -> None:
+        """A new connection has sent something: give it to a thread."""
+        with self._guard:
+            self.poller.unregister(client)
+            self.pending_conns.remove(conn)
+        self.enqueue_req(conn)
+
+    def enqueue_req(self, conn: Any) -> None:
+        """Give the connection to the pool."""
+        self._busy.add(conn)
+        try:
+            super().enqueue_req(conn)
+        except OSError:  # gunicorn 23 begins TLS here; the client may be gone
+            self._drop(conn)
+
+    def finish_request(self, *args: Any) -> None:
+        """A thread is done with a connection: keep it for the next request, or close it.
+
+        gunicorn 23 calls it in the pool's thread with the future, later ones in the main thread with both.
+        """
+        future = args[-1]
+        conn = args[0] if len(args) > 1 else future.conn
+        keep = False
+        try:
+            if not future.cancelled():
+                result = future.result()
+                keep = bool(result[0] if isinstance(result, tuple) else result)
+            if not keep:
+                self._close(conn)
+            elif pipelined(conn.parser):
+                self.enqueue_req(conn)
+                return
+            else:
+                self._keep_alive(conn)
+        except Exception:  # noqa: BLE001 - the connection is what broke, and it goes
+            self._drop(conn)
+        self._busy.discard(conn)
+        if not self.alive:
+            self.wake()
+
+    @property
+    def _kept(self) -> deque[Any]:
+        kept: deque[Any] = self.keepalived_conns if QUEUED else self._keep
+        return kept
+
+    def _keep_alive(self, conn: Any) -> None:
+        conn.sock.setblocking(False)
+        conn.set_timeout()
+        if not self.alive:
+            conn.timeout = min(conn.timeout, clock() + self.drain.linger(used=True))
+        with self._guard:
+            self._kept.append(conn)
+            self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_client_socket_readable, conn))
+
+    def _drop(self, conn: Any) -> None:
+        self._busy.discard(conn)
+        self.nr_conns -= 1
+        conn.close()
+
+    def _close(self, conn: Any) -> None:
+        """Close our side of it now, and the rest when the client has closed its own, or after CLOSING seconds."""
+        self.nr_conns -= 1
+        sock = conn.sock
+        try:
+            sock.shutdown(socket.SHUT_WR)
+            sock.setblocking(False)
+            if not _ended(sock):
+                with self._guard:
+                    self._closing[sock] = time.monotonic() + CLOSING
+                    self.poller.register(sock, selectors.EVENT_READ, self._on_closing)
+                return
+        except (OSError, ValueError, KeyError):
+            pass
+        conn.close()
+
+    def _on_closing(self, sock: Any) -> None:
+        try:
+            if not _ended(sock):
+                return
+        except OSError:
+            pass
+        self._forget(sock)
+
+    def _forget(self, sock: Any) -> None:
+        with self._guard:
+            self._closing.pop(sock, None)
+            try:
+                self.poller.unregister(sock)
+            except (KeyError, OSError, ValueError):
+                pass
+        sock.close()
+
+    def _sweep_closing(self, now: float) -> None:
+        for sock, until in list(self._closing.items()):
+            if until <= now:
+                self._forget(sock)
+
+    def murder_keepalived(self, force: bool = False) -> None:
+        """Close the kept connections whose time is over, unless their next request has just come."""
+        del force
+        self._expire(self._kept, clock())
+
+    def murder_pending(self) -> None:
+        """The same for those that have sent nothing yet."""
+        self._expire(self.pending_conns, time.monotonic())
+
+    def _expire(self, conns: deque[Any], now: float) -> None:
+        with self._guard:
+            for conn in list(takewhile(lambda each: each.timeout <= now, conns)):
+                if readable(conn.sock):
+                    continue  # its turn comes with the next events
+                conns.remove(conn)
+                try:
+                    self.poller.unregister(conn.sock)
+                except (OSError, KeyError, ValueError):
+                    pass
+                self.nr_conns -= 1
+                conn.close()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        """One request, from parsed to answered."""
+        number = self.drain.begin(req.method, req.path)
+        try:
+            return super().handle_request(req, conn)
+        finally:
+            self.drain.end(number)
+            if self.nr >= self._recycle_at:
+                self.ask_for_replacement()
+
+    def handle_http2_request(self, req: Any, conn: Any, h2_conn: Any) -> Any:
+        """One stream of an HTTP/2 connection, from parsed to answered."""
+        number = self.drain.begin(req.method, req.path)
+        try:
+            return super().handle_http2_request(req, conn, h2_conn)
+        finally:
+            self.drain.end(number)
+            if self.nr >= self._recycle_at:
+                self.ask_for_replacement()
+
+    def handle_http2(self, conn: Any) -> Any:
+        """An HTTP/2 connection: one that is idle when the drain begins gets its GOAWAY then, not at its time-out."""
+        http2 = conn.parser
+        http2.receive_data = partial(self._receive_http2, http2, http2.receive_data)
+        return super().handle_http2(conn)
+
+    def _receive_http2(self, http2: Any, receive_data: Callable[..., Any], data: bytes | None = None) -> Any:
+        if data is not None or http2.pending_requests or http2._deferred_events or readable(http2.sock):
+            return receive_data(data) if data is not None else receive_data()
+        poll = select.poll()
+        poll.register(http2.sock, select.POLLIN)
+        poll.register(self._left[0], select.POLLIN)
+        ready = [descriptor for descriptor, _ in poll.poll(http2.idle_timeout * 1000 if http2.idle_timeout else None)]
+        if http2.sock.fileno() in ready:
+            return receive_data()
+        if not ready and not http2.streams:
+            http2.close()
+        return []
+
+    # -- leaving -------------------------------------------------------------------------------------------------------
+    def drain_requests(self) -> None:
+        """Accept what is ours, answer what comes on every connection that is left, close those that linger for nothing."""
+        drain, deadline = self.drain, self.drain.deadline
+        os.write(self._left[1], b"!")
+        waiting = self._stop_listening()
+        with self._guard:
+            for conns, now, used in ((self._kept, clock(), True), (self.pending_conns, time.monotonic(), False)):
+                until = now + drain.linger(used=used)
+                for conn in conns:
+                    conn.timeout = min(conn.timeout, until)
+        while True:
+            self.notify()
+            if waiting:
+                self._accept_waiting(waiting)
+            if not waiting:
+                self._close_listeners()
+            self.murder_keepalived()
+            self.murder_pending()
+            if not (waiting or self._busy or self._kept or self.pending_conns or self._closing):
+                break
+            if deadline.passed:
+                drain.unserved = max(0, len(self._busy) - drain.in_flight)
+                break
+            self._turn(min(PAUSE, deadline.left()))
+        self._close_listeners()
+        self.tpool.shutdown(wait=False, cancel_futures=True)
+
+    def _turn(self, pause: float) -> None:
+        soonest = [conns[0].timeout - now for conns, now in self._waits() if conns]
+        for key, _ in self.poller.select(max(0.0, min([pause, *soonest]))):
+            key.data(key.fileobj)
+
+    def _waits(self) -> list[tuple[deque[Any], float]]:
+        return [(self._kept, clock()), (self.pending_conns, time.monotonic())]
+
+    def _stop_listening(self) -> list[Any]:
+        """Take the listeners out of the poller; gives those whose backlog is ours to serve."""
+        for listener in self.sockets:
+            try:
+                self.poller.unregister(listener)
+            except (KeyError, ValueError, OSError):
+                pass  # gunicorn takes them out itself while it has all the connections it may have
+        # With SO_REUSEPORT each process has a backlog of its own, which dies with its socket.
+        return list(self.sockets) if self.drain.final or self.cfg.reuse_port else []
+
+    def _accept_waiting(self, waiting: list[Any]) -> None:
+        """Accept until a listener has nothing more, and then leave it; not far ahead of what the threads can take."""
+        if self.drain.orphan and self.drain.deadline.left() < self.settings.drain_timeout / 4:
+            waiting.clear()  # nobody keeps new connections out: this would never end
+        for listener in list(waiting):
+            while len(self._busy) < AHEAD * self.cfg.threads:
+                try:
+                    if not self._accept(listener):
+                        waiting.remove(listener)
+                        break
+                except OSError as error:
+                    if error.errno not in NO_ROOM:
+                        waiting.remove(listener)
+                    break
+
+    def _close_listeners(self) -> None:
+        if self.sockets:
+            for listener in self.sockets:
+                listener.close()
+            self.sockets = []
+            self.drain.accepting_ended()
+
+
+def clock() -> float:
+    """The clock of a kept connection's timeout."""
+    return time.monotonic() if QUEUED else time.time()
+
+
+def readable(sock: Any) -> bool:
+    """Whether something can be read without waiting: bytes, or the end."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    poll = select.poll()
+    try:
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def pipelined(parser: Any) -> bool:
+    """Whether the next request was read together with the last one: nothing more will make the socket readable.
+
+    gunicorn 23 leaves a body that the application did not read where it is; what is buffered then is a part of that.
+    """
+    if not parser.unreader.buf.getvalue():
+        return False
+    return QUEUED or getattr(getattr(parser.mesg.body, "reader", None), "length", 1) == 0
+
+
+def _ended(sock: Any) -> bool:
+    """Read away what the client still sends; whether it has closed. Raises OSError when the connection is broken."""
+    try:
+        for _ in range(64):
+            if not sock.recv(65536):
+                return True
+    except (BlockingIOError, ssl.SSLWantReadError):
+        pass
+    return False
