@@ -31,6 +31,8 @@ from gracehooks.gunicorn.successor import ReexecHost
 from gracehooks.gunicorn.workers.attached import Attached, attached
 from gracehooks.logs import Logbook
 from gracehooks.scoreboard import Order
+from gracehooks.systemd.driver import Speaker
+from gracehooks.systemd.machine import Situation
 from gracehooks.upgrade.driver import Driver
 from gracehooks.upgrade.history import Book, default_state_dir
 
@@ -90,6 +92,12 @@ class Grace:
         settings.adopt(self.settings)
         self.handover = take_handover()
         self.generation = self.handover.generation if self.handover else 1
+        self.speaker = Speaker(
+            os.environ,
+            successor=self.handover is not None,
+            anchored="GRACEHOOKS_ANCHOR" in os.environ,
+            boot=self.settings.ready_timeout,
+        )
         self.predecessors: list[Predecessor] = []
         if self.handover:
             self.predecessors = [*self.handover.draining, self.handover.old]
@@ -120,6 +128,7 @@ class Grace:
         self._status_key: Any = None
         self._finished = False
         self._failure = ""
+        self._unnamed = ""
         self._sweeping = False
 
     # -- the beginning -------------------------------------------------------------------------------------------
@@ -136,6 +145,8 @@ class Grace:
         """The arbiter is graceful now: say what was chosen, and put the worker class in place."""
         arbiter, log = self.arbiter, self.arbiter.log
         events.subscribe(Logbook(log))
+        if self.speaker.on:
+            events.subscribe(self.speaker.hear)
         if self.settings.on_event is not None:
             events.subscribe(self.settings.on_event)
         arbiter.worker_class = attached(arbiter.worker_class)
@@ -180,12 +191,13 @@ class Grace:
             or self._spawn_after > time.monotonic()
             or (self.takeover is not None)
         )
-        return BUSY if busy else IDLE
+        return BUSY if busy else min(IDLE, self.speaker.pace)
 
     def tick(self) -> None:
         """One turn: look at everything that may have happened, and act."""
         if self._finished:
-            raise StopIteration
+            self._end_of_loop()
+            return
         self.reap()
         self._hear_predecessors()
         self._look_at_readiness()
@@ -194,12 +206,48 @@ class Grace:
         self._recycle()
         self._keep_workers()
         self._go_on_stopping()
-        if self.retiring and not self.arbiter.WORKERS:
+        if self.retiring and not self.arbiter.WORKERS and not self.speaker.holds:
             self.driver.workers_gone()
         self._settle_pending()
         self.write_status()
+        self._speak()
         if self._finished:
+            self._end_of_loop()
+
+    def _end_of_loop(self) -> None:
+        """Leave the loop, once systemd has heard what it was told last; bounded by the speaker."""
+        self._speak()
+        if not self.speaker.holds:
             raise StopIteration
+
+    def _speak(self) -> None:
+        """Let systemd know; the next master hears it once systemd follows it."""
+        held = self.speaker.holds
+        self.speaker.tick(self._situation)
+        if self._unnamed and not self.speaker.unnamed:
+            if self.driver.last.get("id") == self._unnamed:
+                self.driver.last["state"] = "completed"  # for those who wait: systemd follows this master now
+                self.write_status(now=True)
+            self._unnamed = ""
+        if held and not self.speaker.holds and self.retiring and self.successor is not None:
+            self.successor.announced()
+
+    def _situation(self) -> Situation:
+        last = self.driver.last
+        pages = [worker.page for worker in self.arbiter.WORKERS.values()]
+        return Situation(
+            generation=self.generation,
+            workers=self.arbiter.num_workers,
+            ready=sum(worker.page.ready for _, worker in self.workers()),
+            new_ready=last.get("workers_ready", 0),
+            new_workers=last.get("workers", 0),
+            draining=len(self.predecessors_alive()),
+            leaving=len(pages),
+            requests=sum(page.in_flight for page in pages),
+            jobs=sum(page.jobs_in_flight for page in pages),
+            kind=last.get("kind", "upgrade"),
+            phase=last.get("state", ""),
+        )
 
     # -- workers -------------------------------------------------------------------------------------------------
     def workers(self, cohort: int | None = None) -> Iterator[tuple[int, Any]]:
@@ -506,9 +554,12 @@ class Grace:
             for message in messages:
                 if message.get("say") == "drained":
                     self._old_generation_left(each, message)
+                elif message.get("say") == "announced":
+                    self.speaker.named()
             if not each.alive or (each.channel is not None and each.channel.closed):
                 if each.channel is not None:
                     if self.takeover is not None and self.takeover.get("old") == each.pid:
+                        self.speaker.left_alone()
                         self._old_generation_left(each, {})
                     each.channel.close()
                     each.channel = None
@@ -536,7 +587,7 @@ class Grace:
         self.driver.last = {
             "id": handover.id,
             "kind": handover.kind,
-            "state": "completed",
+            "state": "committing" if reason == "commit" and self.speaker.on else "completed",  # see _speak
             "reason": "" if reason == "commit" else reason,
             "started_at": time.time(),
             "phases": phases,
@@ -544,6 +595,7 @@ class Grace:
             "workers": arbiter.num_workers,
         }
         if reason == "commit":
+            self._unnamed = handover.id if self.speaker.on else ""
             self.tell(say="committed")
         self.handover = None
         self._failure = ""
@@ -617,6 +669,8 @@ class Grace:
             return "this master is itself still being verified"
         if self.stopping:
             return "the server is stopping"
+        if self.speaker.unnamed:
+            return "systemd has not been told of this master yet; try again in a second"
         draining = len(self.predecessors_alive())
         if draining >= self.settings.max_generations:
             return (

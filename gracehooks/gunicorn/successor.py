@@ -19,6 +19,7 @@ from typing import Any
 
 from gracehooks import processes
 from gracehooks.errors import PreflightError
+from gracehooks.systemd.driver import Speaker
 from gracehooks.upgrade.channel import Channel
 from gracehooks.upgrade.machine import Fact, Happened
 
@@ -27,7 +28,10 @@ __all__ = ["HANDOVER", "ReexecHost", "command_line", "start_directory"]
 #: The environment variable that tells a successor what it takes over.
 HANDOVER = "GRACEHOOKS_HANDOVER"
 #: What concerns one process only and must not reach its successor.
-NOT_INHERITED = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_PIDFDID", "GUNICORN_FD", "GUNICORN_PID", HANDOVER)
+NOT_INHERITED = (
+    *("LISTEN_PID", "LISTEN_FDS", "LISTEN_PIDFDID", "GUNICORN_FD", "GUNICORN_PID", HANDOVER),
+    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),  # the speaker's to hand over
+)
 
 
 def command_line() -> list[str]:
@@ -107,6 +111,7 @@ class ReexecHost:
         except OSError as error:
             raise PreflightError(f"no descriptors are left for an upgrade ({error})") from error
         environ = {key: value for key, value in arbiter.cfg.env_orig.items() if key not in NOT_INHERITED}
+        environ.update(arbiter.grace.speaker.environment())
         environ["GUNICORN_PID"] = str(os.getpid())
         environ["GUNICORN_FD"] = ",".join(str(each.fileno()) for each in arbiter.LISTENERS)
         environ[HANDOVER] = json.dumps(
@@ -155,6 +160,7 @@ class ReexecHost:
             os.dup2(pipe, 2)
             self._arbiter.cfg.pre_exec(self._arbiter)
             os.chdir(directory)
+            Speaker.adopt(environ)
             os.execve(args[0], args, environ)
         except BaseException as error:  # noqa: BLE001 - nothing may get back into the master's code
             try:
@@ -236,6 +242,11 @@ class ReexecHost:
         arbiter.grace.stop_control_server()
         if self._channel is not None:
             self._channel.send(say="commit", phases=dict(arbiter.grace.driver.last["phases"]))
+
+    def announced(self) -> None:
+        """systemd follows the successor from now on: let it know."""
+        if self._channel is not None:
+            self._channel.send(say="announced")
 
     def retire(self) -> None:
         """The old workers drain; the successor serves."""
