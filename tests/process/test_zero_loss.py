@@ -1,0 +1,104 @@
+"""Successive upgrades under load lose nothing and leave nothing behind: descriptors, environment, memory.
+
+TEST_UPGRADES and TEST_REQUESTS enlarge it (the promise is 50 upgrades and 100,000 requests).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.kit import Server, eventually, load, serve
+
+UPGRADES = int(os.environ.get("TEST_UPGRADES", "4"))
+REQUESTS = int(os.environ.get("TEST_REQUESTS", "1500"))
+STOCK = "on_starting = gracehooks.on_starting\n"
+
+
+def upgrade(server: Server) -> None:
+    """One upgrade, until the old generation has left."""
+    master = server.pid
+    verdict = server.upgrade()
+    assert verdict["event"] == "UpgradeCompleted", verdict
+    retired = server.wait_for("GenerationRetired", after=verdict["n"])
+    assert retired["lost"] == {"requests": [], "jobs": []}
+    server.wait_gone(master)
+    assert server.pid == verdict["successor"]
+    assert set(server.processes()) == {server.pid, *server.workers()}
+
+
+def footprint(server: Server) -> dict[str, list[int]]:
+    """Open descriptors (kinds and counts), size of the environment, and KiB of memory: master first, then workers."""
+    found: dict[str, list[int]] = {"descriptors": [], "environment": [], "memory": []}
+    for pid in [server.pid, *server.workers()]:
+        links = []
+        for each in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                links.append(os.readlink(each).split(":")[0])
+            except OSError:
+                continue  # closed while we looked
+        connections = _established(pid)
+        found["descriptors"].append(len(links) - connections)
+        found["environment"].append(len(Path(f"/proc/{pid}/environ").read_bytes()))
+        rollup = Path(f"/proc/{pid}/status").read_text()
+        found["memory"].append(int(rollup.split("VmRSS:")[1].split()[0]))
+    return found
+
+
+def _established(pid: int) -> int:
+    """How many client connections the process holds."""
+    inodes = {
+        line.split()[9] for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:] if line.split()[3] != "0A"
+    }
+    held = 0
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            link = os.readlink(each)
+        except OSError:
+            continue
+        held += link.startswith("socket:[") and link[8:-1] in inodes
+    return held
+
+
+def test_successive_upgrades_under_mixed_load_lose_nothing_and_grow_nothing():
+    share = max(20, REQUESTS // (UPGRADES + 1))
+    early: dict[str, list[int]] = {}
+    with serve(worker="gracehooks.Worker") as server:
+        with load(server, clients=8) as traffic:
+            for number in range(1, UPGRADES + 1):
+                traffic.wait(share, 300)
+                upgrade(server)
+                if number == 2:
+                    traffic.wait(share, 300)
+                    early = eventually(lambda: settled(server))
+            traffic.wait(share, 300)
+            late = eventually(lambda: settled(server))
+        assert not traffic.lost, traffic.table()
+        print(f"{traffic.answered} requests, {UPGRADES} upgrades, 0 lost; {early} then {late}")
+        assert late["descriptors"] == early["descriptors"], (early, late)
+        assert max(late["environment"]) - max(early["environment"]) <= 8, (early, late)  # a digit more in a number
+        for before, after in zip(early["memory"], late["memory"], strict=True):
+            assert after <= before * 1.05 + 1024, (early, late)
+        assert server.status()["generation"] == UPGRADES + 1
+        assert [each["outcome"] for each in server.history()] == ["completed"] * UPGRADES
+        assert server.stop() == 0
+
+
+def settled(server: Server) -> dict[str, list[int]] | None:
+    """The footprint, when two looks see the same descriptors."""
+    first, second = footprint(server), footprint(server)
+    return second if first["descriptors"] == second["descriptors"] else None
+
+
+@pytest.mark.parametrize("worker", ["sync", "gthread"])
+def test_stock_workers_lose_no_new_connection(worker: str):
+    with serve(worker=worker, config=STOCK) as server:
+        with load(server, kinds=("new",), clients=4) as traffic:
+            for _ in range(max(2, UPGRADES // 5)):
+                traffic.wait(100)
+                upgrade(server)
+            traffic.wait(100)
+        assert not traffic.lost, traffic.table()
+        assert server.stop() == 0
