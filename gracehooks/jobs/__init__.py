@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
-import logging
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -23,7 +22,7 @@ from gracehooks.jobs.processes import popen, run
 from gracehooks.jobs.services import service
 from gracehooks.jobs.tasks import create_task
 from gracehooks.jobs.threads import Executor, Job
-from gracehooks.jobs.tracker import Abandoned, JobCancelled, Options, Token, Tracker, Work
+from gracehooks.jobs.tracker import Abandoned, JobCancelled, Log, Options, Token, Tracker, Work
 from gracehooks.scoreboard import Page
 from gracehooks.settings import Settings
 
@@ -166,7 +165,7 @@ def active() -> list[Work]:
 def install(
     page: Page,
     settings: Settings,
-    log: logging.Logger,
+    log: Log,
     *,
     loop_kind: Literal["thread", "gevent", "asyncio"] = "thread",
 ) -> Tracker:

@@ -35,6 +35,7 @@ __all__ = [
     "AsyncWork",
     "JobCancelled",
     "Kind",
+    "Log",
     "Options",
     "Sweeper",
     "Token",
@@ -52,6 +53,14 @@ __all__ = [
 ABANDON_BOUND = 0.5
 
 OnAbandon = Callable[["Abandoned"], object]
+
+
+class Log(Protocol):
+    """A logger: logging's or gunicorn's."""
+
+    def warning(self, msg: str, *args: Any) -> None: ...
+    def error(self, msg: str, *args: Any, exc_info: BaseException | None = None) -> None: ...
+    def exception(self, msg: str, *args: Any) -> None: ...
 
 
 class JobCancelled(CancelledError):  # noqa: N818 - it is no error, and reads like the two CancelledErrors
@@ -315,11 +324,11 @@ class Tracker:
         self,
         page: Page | None = None,
         settings: settings_module.Settings | None = None,
-        log: logging.Logger | None = None,
+        log: Log | None = None,
     ) -> None:
         self.page = page if page is not None else Page(requests=1, jobs=1)
         self.settings = settings if settings is not None else settings_module.current()
-        self.log = log if log is not None else logging.getLogger("gracehooks")
+        self.log: Log = log if log is not None else logging.getLogger("gracehooks")
         self.pid = os.getpid()
         #: With `track = "off"` jobs run, but nobody counts them or waits for them.
         self.counting = self.settings.track != "off"

@@ -16,10 +16,12 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, Literal
 
+from gracehooks import jobs
 from gracehooks.drain.driver import Drain
 from gracehooks.gunicorn.workers.attached import Attached
+from gracehooks.jobs import tracker
 from gracehooks.readiness import watch
 
 __all__ = ["Drained", "Leaving"]
@@ -37,6 +39,8 @@ class Drained(Attached):
     takes_over = True
     #: Whether `notify` raises `Leaving` when it is time; a class with a loop of its own asks `drain.look()` itself.
     leaves_at_notify = True
+    #: What runs the requests. A class with "asyncio" calls `jobs.start_services()` itself, in its loop, after the boot.
+    loop_kind: Literal["thread", "gevent", "asyncio"] = "thread"
 
     # gunicorn's own attributes, which have no types.
     cfg: Any
@@ -57,6 +61,23 @@ class Drained(Attached):
     drain: Drain
 
     # -- the life of the process -----------------------------------------------------------------------------------
+    @classmethod
+    def setup(cls) -> None:
+        """gunicorn calls it in the master as soon as it knows the class, before it may preload the application."""
+        stock = getattr(super(), "setup", None)
+        if stock is not None:
+            stock()
+        if tracker.current() is None:
+            tracker.forbid_in_this_process(
+                "a job was submitted in the master, while the application was preloaded; it would be lost in the fork. "
+                "Submit it in a request, or make it a service (@jobs.service), which every worker runs"
+            )
+
+    def load_wsgi(self) -> None:
+        """Load the application, with the jobs at hand."""
+        jobs.install(self.page, self.settings, self.log, loop_kind=self.loop_kind)
+        super().load_wsgi()
+
     def init_process(self) -> None:
         """Boot and run, under the eyes of the sentinel; the exit code says whether something was lost."""
         self._server = _caller()
@@ -80,6 +101,8 @@ class Drained(Attached):
     def run(self) -> None:
         """Serve as gunicorn does, until told to leave; then the phases."""
         self._serving = True
+        if self.loop_kind != "asyncio":
+            jobs.start_services()
         try:
             super().run()  # type: ignore[misc]
         except Leaving:
