@@ -22,6 +22,7 @@ from gunicorn.errors import HaltServer
 from gunicorn.pidfile import Pidfile
 
 from gracehooks import events, processes, settings
+from gracehooks.anchor import mooring
 from gracehooks.deadline import Deadline
 from gracehooks.gunicorn import listeners
 from gracehooks.gunicorn.losses import Losses, losses_of
@@ -199,6 +200,8 @@ class Grace:
             self._end_of_loop()
             return
         self.reap()
+        if mooring.adrift() and self.final:
+            self.begin_stop("the anchor is gone")
         self._hear_predecessors()
         self._look_at_readiness()
         self.driver.tick()
@@ -526,6 +529,12 @@ class Grace:
         seconds = round(time.monotonic() - self._born, 3)
         events.publish(events.ServingStarted(**self.identity(), workers=self.arbiter.num_workers, seconds=seconds))
         self.book.register(os.getpid())
+        self.moor()
+
+    def moor(self) -> None:
+        """Give the listeners to the anchor, where there is one, and say that this master serves."""
+        mooring.offer(self.arbiter.LISTENERS)
+        mooring.serving(self.settings.stop_budget)
 
     # -- the older generation ------------------------------------------------------------------------------------
     def tell(self, **message: Any) -> None:
@@ -730,6 +739,7 @@ class Grace:
                 except OSError as error:
                     arbiter.log.error("gracehooks: cannot write the pidfile (%s); the server serves on", error)
             self._unlink_second_pidfile()
+        self.moor()
         if getattr(arbiter, "_control_server", None) is None:
             arbiter._start_control_server()
         self.book.register(os.getpid())

@@ -214,6 +214,7 @@ class CohortHost:
         if hasattr(arbiter, "_stats"):
             arbiter._stats["reloads"] += 1
         self._move_pidfile()
+        grace.moor()
         util._setproctitle(f"master [{arbiter.proc_name}]")
         self._facts.append(Fact(Happened.COMMITTED))
 
