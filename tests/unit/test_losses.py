@@ -1,0 +1,82 @@
+"""What a worker lost, read from its page after its end, with its own report where it could write one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from gracehooks.gunicorn.losses import Losses, losses_of
+from gracehooks.scoreboard import Outcome, Page
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    page = Page(requests=2, jobs=2)
+    yield page
+    page.close()
+
+
+def test_a_worker_that_drained_lost_nothing(page: Page):
+    page.end(page.begin("GET", "/"))
+    page.job_end(page.job_begin(1, "thread", "mail"), Outcome.SUCCEEDED)
+    found = losses_of(page, 7, "drained")
+    assert found.lost == {"requests": [], "jobs": []}
+    assert found.answered == 1
+    assert found.jobs["accepted"] == found.jobs["succeeded"] == 1
+
+
+def test_requests_and_jobs_in_flight_are_lost_by_name(page: Page):
+    page.begin("GET", "/slow")
+    page.job_begin(3, "thread", "mail")
+    found = losses_of(page, 7, "killed by SIGKILL")
+    (request,), (job,) = found.lost["requests"], found.lost["jobs"]
+    assert (request["method"], request["path"], request["worker"], request["reason"]) == (
+        "GET",
+        "/slow",
+        7,
+        "killed by SIGKILL",
+    )
+    assert (job["id"], job["kind"], job["name"]) == (3, "thread", "mail")
+    assert found.jobs["abandoned"] == 1
+    assert found.jobs["accepted"] == sum(found.jobs[each] for each in ("succeeded", "failed", "cancelled", "abandoned"))
+
+
+def test_what_had_no_slot_is_counted_without_a_name(page: Page):
+    for number in range(5):
+        page.begin("GET", f"/{number}")
+        page.job_begin(number, "task", "t")
+    found = losses_of(page, 7, "killed")
+    assert len(found.lost["requests"]) == len(found.lost["jobs"]) == 5
+    assert sum(each["path"] == "?" for each in found.lost["requests"]) == 3
+    assert found.jobs["abandoned"] == 5
+
+
+def test_the_workers_own_report_adds_where_each_request_stood(page: Page):
+    page.begin("GET", "/slow")
+    report = {"requests": [{"method": "GET", "path": "/slow", "age": 0.0, "where": "view.py:7"}], "jobs": []}
+    page.report = json.dumps(report)
+    (request,) = losses_of(page, 7, "drain timeout").lost["requests"]
+    assert request["where"] == "view.py:7"
+
+
+def test_a_report_that_is_cut_off_does_not_hide_the_slots(page: Page):
+    page.begin("GET", "/slow")
+    page.report = '{"requests": [{"meth'
+    assert len(losses_of(page, 7, "drain timeout").lost["requests"]) == 1
+
+
+def test_a_job_of_the_report_is_not_counted_twice(page: Page):
+    page.job_begin(3, "thread", "mail")
+    page.report = json.dumps({"requests": [], "jobs": [{"id": 3, "name": "mail", "where": "job.py:1", "age": 1.0}]})
+    (job,) = losses_of(page, 7, "job timeout").lost["jobs"]
+    assert job["where"] == "job.py:1"
+
+
+def test_losses_add_up():
+    total = Losses()
+    total.add(Losses({"requests": [{"path": "/a"}], "jobs": []}, {"accepted": 1}, 2))
+    total.add(Losses({"requests": [], "jobs": [{"id": 1}]}, {"accepted": 2}, 3))
+    assert total.lost == {"requests": [{"path": "/a"}], "jobs": [{"id": 1}]}
+    assert (total.jobs, total.answered) == ({"accepted": 3}, 5)
