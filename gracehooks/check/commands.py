@@ -51,7 +51,9 @@ def parse(words: Sequence[str], text: str = "") -> Command:
         if name == "gracehooks" and words[at + 1 : at + 2] == ["run"]:
             anchored = True
         elif name == "gunicorn":
-            program = words[at - 2] if at >= 2 and words[at - 1] == "-m" and _PYTHON.match(_name(words[at - 2])) else word
+            program = (
+                words[at - 2] if at >= 2 and words[at - 1] == "-m" and _PYTHON.match(_name(words[at - 2])) else word
+            )
             return Command(text, tuple(words[at + 1 :]), program, anchored)
     return Command(text, anchored=anchored)
 

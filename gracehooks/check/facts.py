@@ -205,8 +205,8 @@ class Facts:
 
     @property
     def recommended(self) -> int:
-        """`needed`, rounded up to the next five seconds."""
-        return math.ceil(self.needed / 5) * 5
+        """What the master says at its start that a supervisor should wait."""
+        return math.ceil(self.budget + 5)
 
     @property
     def command(self) -> Command | None:

@@ -18,7 +18,7 @@ Parts = list["Workload | Service | Image"]
 _TEMPLATED = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet")
 
 
-class NotRead(ValueError):
+class NotRead(ValueError):  # noqa: N818 - what happened, not that it is an error
     """The file is none of the three, or PyYAML is missing; the message says what to do."""
 
 

@@ -13,7 +13,7 @@ from gracehooks.check.facts import Program
 __all__ = ["NoSuchProgram", "environment", "parse", "read"]
 
 
-class NoSuchProgram(ValueError):
+class NoSuchProgram(ValueError):  # noqa: N818 - what happened, not that it is an error
     """The file has no such program, or several and none was named."""
 
 
@@ -24,7 +24,9 @@ def read(path: Path, name: str | None = None) -> Program:
 
 def parse(text: str, name: str | None = None, here: str = ".") -> Program:
     """The program in the text. Raises NoSuchProgram, and configparser.Error for what is no such file."""
-    parser = configparser.RawConfigParser(strict=False, inline_comment_prefixes=(" ;", "\t;"), comment_prefixes=("#", ";"))
+    parser = configparser.RawConfigParser(
+        strict=False, inline_comment_prefixes=(" ;", "\t;"), comment_prefixes=("#", ";")
+    )
     parser.read_string(text)
     programs = {
         section.partition(":")[2].strip(): dict(parser.items(section))

@@ -7,6 +7,7 @@ the one place where `gracehooks check` meets gunicorn (tests/contract/test_readi
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -212,10 +213,12 @@ def _unread(child: subprocess.Popen[bytes], output: Any, timeout: float) -> Read
 
 
 def _facts(line: Mapping[str, Any]) -> tuple[Server | None, Settings | None, str]:
-    server = line.get("server")
+    said: dict[str, Any] | None = line.get("server")
+    server = None
+    if said is not None:
+        said.update({key: tuple(value) for key, value in said.items() if isinstance(value, list)})
+        server = Server(**said)
     found = line.get("settings")
-    if server is not None:
-        server = Server(**{key: tuple(value) if isinstance(value, list) else value for key, value in server.items()})
     return server, None if found is None else Settings(**found), str(line.get("failure", ""))
 
 
@@ -314,7 +317,9 @@ def _load(args: Sequence[str]) -> Any:
     from gunicorn.app.base import Application
     from gunicorn.app.wsgiapp import WSGIApplication
 
-    class Reader(WSGIApplication):  # type: ignore[misc]
+    class Reader(WSGIApplication):
+        app_uri: Any
+
         def do_load_config(self) -> None:
             # gunicorn's own catches what this raises and prints it; the reason is what we are here for.
             self.load_default_config()
@@ -489,9 +494,8 @@ def _as_lame_duck(ask: Callable[[str], str], probes: Sequence[str]) -> dict[str,
     """Whether the paths say no in a lame duck; this process ends next, so the module's own state may be replaced."""
     if not probes:
         return {}
-    from gracehooks import readiness
-
-    readiness.state = lambda: "lame_duck"  # type: ignore[assignment]
+    readiness = importlib.import_module("gracehooks.readiness")
+    readiness.state = lambda: "lame_duck"
     return {each: bool(ask(each)) for each in probes}
 
 
