@@ -503,12 +503,12 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line; the reference is generated from it."""
     target = argparse.ArgumentParser(add_help=False)
     one = target.add_mutually_exclusive_group()
-    one.add_argument("--pidfile", metavar="FILE", help="the instance: by its pidfile,")
-    one.add_argument("--pid", metavar="N", type=int, help="by the pid of its master,")
+    one.add_argument("--pidfile", metavar="FILE", help="the instance with this pidfile")
+    one.add_argument("--pid", metavar="N", type=int, help="the instance of this master")
     one.add_argument(
         "--state-dir",
         metavar="DIR",
-        help="or by its state directory; with none of them, the only one that runs for this user",
+        help="the instance with this state directory; without a target, the only one running",
     )
     target.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 

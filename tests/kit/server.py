@@ -405,8 +405,8 @@ def serve(
     `app` is a source for app.py (by default the catalogue's, WSGI or ASGI as `worker` needs it); `config` is appended to
     the kit's own configuration, so it may use and change what stands there (`bind`, `gracehooks`). `module` starts it as
     `python -m gunicorn`. `bind` is "tcp", "tcp6" or "unix". `answers` is the path that must answer below 500 before the
-    block begins; None does not wait. `command` replaces the whole command line (`{config}` and `{target}` stand for the
-    file and the application). `leftovers` allows processes to outlive a clean stop (they are killed all the same).
+    block begins; None does not wait. `command` replaces the whole command line (`{config}`, `{target}` and
+    `{address}` stand for the file, the application and where to listen). `leftovers` allows processes to outlive a clean stop (they are killed all the same).
     """
     processes.be_subreaper()
     directory = Path(tempfile.mkdtemp(prefix="gracekit-")).resolve()
@@ -439,7 +439,7 @@ def serve(
         start = [python, "-m", "gunicorn"] if module or not script.exists() else [python, str(script)]
         command = [*start, "-c", "gunicorn.conf.py", *args, target]
     else:
-        command = [part.format(config="gunicorn.conf.py", target=target) for part in command]
+        command = [part.format(config="gunicorn.conf.py", target=target, address=address) for part in command]
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("GRACEHOOKS_", "GUNICORN_"))},
         "PYTHONDONTWRITEBYTECODE": "1",  # a release of the same second and size would run from the old cache
