@@ -75,6 +75,9 @@ class Host(Protocol):
     def wake(self) -> None:
         """Wake the worker's loop."""
 
+    def unread(self) -> int:
+        """How many connections have begun to send a request that nobody has read to its end."""
+
     def last_words(self) -> None:
         """Run what the server runs last (gunicorn's `worker_exit` hook), when the worker's own thread is stuck."""
 
@@ -114,8 +117,9 @@ class Drain:
         self._taken = False
         #: Whether the master is gone.
         self.orphan = False
-        #: How many connections had sent something that was never read, when the requests' deadline passed.
-        self.unserved = 0
+        #: Whether the worker was told to leave at once.
+        self.hammered = False
+        self._unread = 0
         self._numbers = itertools.count()
         self._in_flight: dict[int, tuple[requests.Ticket, str, str, float, object]] = {}
         self._said: set[int] = set()
@@ -245,8 +249,8 @@ class Drain:
         """Leave at once: the report, and then at most HAMMER seconds for the exit hooks. Gives the exit code."""
         end = Deadline.after(HAMMER)
         self._last_resort.arm(end.plus(0.05))
+        self.hammered = self.leaving = True
         self.reason = self.reason or reason
-        self.leaving = True
         self._abandon_jobs()
         self._account(reason)
         if self.page.phase is not Phase.ENDED:
@@ -277,7 +281,8 @@ class Drain:
         return self._sentinel is not None and self._sentinel.is_here()
 
     def _requests_over(self) -> None:
-        actions = self._fact(Fact.DEADLINE_PASSED if self._in_flight or self.unserved else Fact.REQUESTS_ENDED)
+        self._unread = self.host.unread() if self.deadline.passed else 0
+        actions = self._fact(Fact.DEADLINE_PASSED if self._in_flight or self._unread else Fact.REQUESTS_ENDED)
         if Action.REPORT_REQUESTS in actions:
             self._account("drain_timeout")
 
@@ -320,7 +325,7 @@ class Drain:
             for number, (_, method, path, started, handle) in list(self._in_flight.items())
         }
         # Connections whose request nobody has read have no name; each is a loss all the same.
-        found.update({-number: dict(UNREAD) for number in range(1, self.unserved + 1)})
+        found.update({-number: dict(UNREAD) for number in range(1, self._unread + 1)})
         self.page.report = report.as_json(found.values(), self._abandoned, reason) if found or self._abandoned else ""
         return found, self._abandoned
 
@@ -368,16 +373,18 @@ class Drain:
         held = [
             each for each in _threads() if not each.daemon and each.is_alive() and each is not threading.main_thread()
         ]
-        if held:
-            frames = sys._current_frames()
-            self.log.warning(
-                "gracehooks: threads that are no jobs still run at exit and are left:\n%s",
-                "\n".join(
-                    f"{each.name}, at:\n    " + report.where(each.ident or 0, frames).replace("\n", "\n    ")
-                    for each in held
-                ),
-            )
-            self._exit(self.exit_code)
+        if not held:
+            return
+        frames = sys._current_frames()
+        of_requests = {entry[4] for entry in list(self._in_flight.values())}
+        others = [
+            f"{each.name}, at:\n    " + report.where(each.ident or 0, frames).replace("\n", "\n    ")
+            for each in held
+            if each.ident not in of_requests
+        ]
+        if others:
+            self.log.warning("gracehooks: threads still run at exit and are left:\n%s", "\n".join(others))
+        self._exit(self.exit_code)
 
     def _take_over(self, phase: Phase) -> None:
         with self._lock:
@@ -385,12 +392,10 @@ class Drain:
                 return
             self._taken = True
         self.exit_code = 1
-        stuck = report.where_is_thread(threading.main_thread().ident or 0)
-        self.log.error(
-            "gracehooks: the worker's main thread is stuck in phase %s, at:\n    %s",
-            phase.name.lower(),
-            stuck.replace("\n", "\n    "),
-        )
+        main = threading.main_thread().ident
+        if not any(entry[4] == main for entry in list(self._in_flight.values())):  # else the report says where it stands
+            stuck = report.where_is_thread(main or 0).replace("\n", "\n    ")
+            self.log.error("gracehooks: the main thread is stuck in phase %s, at:\n    %s", phase.name.lower(), stuck)
         if phase <= Phase.REQUESTS:
             if phase < Phase.ACCEPTING_ENDS:
                 self.accepting_ends()

@@ -23,6 +23,21 @@ FRAMES = 12
 LONGEST = 2000
 #: The page's room for a report, in bytes, with something to spare.
 ROOM = 44 * 1024
+_SERVERS = tuple(
+    part.replace("/", os.sep)
+    for part in (
+        "/threading.py",
+        "/concurrent/futures/thread.py",
+        "/asyncio/",
+        "/site-packages/gunicorn/",
+        "/site-packages/uvicorn",
+        "/site-packages/gevent/",
+        "/gracehooks/gunicorn/",
+        "/bin/gunicorn",
+        "<frozen runpy>",
+        "gevent/_",
+    )
+)
 _LIBRARY = os.sep + "site-packages" + os.sep
 
 
@@ -75,7 +90,7 @@ def _main_thread() -> int:
 
 def _frames_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
     found: list[tuple[str, int, str]] = []
-    while frame is not None and len(found) < FRAMES:
+    while frame is not None and len(found) < 10 * FRAMES:
         found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
     return found
@@ -99,10 +114,15 @@ def _of_task(task: Any) -> str:
             or getattr(awaited, "gi_yieldfrom", None)
             or getattr(awaited, "ag_await", None)
         )
-    return _lines(found[::-1][:FRAMES])
+    return _lines(found[::-1])
 
 
-def _lines(frames: Iterable[tuple[str, int, str]]) -> str:
+def _lines(found: list[tuple[str, int, str]]) -> str:
+    # How the thread came to the application is the same for every request, and tells nobody anything.
+    frames = list(found)
+    while frames and any(part in frames[-1][0] for part in _SERVERS):
+        frames.pop()
+    frames = (frames or found)[:FRAMES]
     return "\n".join(f"{_short(file)}:{line} in {name}" for file, line, name in frames)[:LONGEST]
 
 

@@ -108,11 +108,15 @@ class Drained(Attached):
         except Leaving:
             pass
         self._serving = False
+        self._leave_if_hammered()
         if not self.drain.leaving:
             self.drain.told("the loop ended")
         self.drain.accepting_ends()
         self._alive = False
-        self.drain_requests()
+        try:
+            self.drain_requests()
+        except Exception:
+            self.log.exception("gracehooks: the drain failed; its next phase begins")
         self.drain.finish()
 
     def drain_requests(self) -> None:
@@ -122,8 +126,14 @@ class Drained(Attached):
     def notify(self) -> None:
         """The heartbeat, and the moment at which the worker leaves gunicorn's loop."""
         super().notify()
+        self._leave_if_hammered()
         if self._serving and self.leaves_at_notify and self.drain.look() and self.at_loop():
             raise Leaving
+
+    def _leave_if_hammered(self) -> None:
+        # The exit that the handler raised inside of a request was swallowed: gunicorn's sync worker answers 500 then.
+        if self.drain.hammered:
+            sys.exit(self.drain.exit_code)
 
     def at_loop(self) -> bool:
         """Whether this call comes from gunicorn's loop; an application may call `notify` too."""
@@ -187,6 +197,10 @@ class Drained(Attached):
                 os.write(self.PIPE[1], b"!")
             except OSError:
                 pass  # full: it will wake anyway
+
+    def unread(self) -> int:
+        """How many connections have begun to send a request that was not read to its end; a class that knows says it."""
+        return 0
 
     def last_words(self) -> None:
         """What `spawn_worker` does last, in the place of a main thread that is stuck."""

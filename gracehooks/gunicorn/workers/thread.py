@@ -13,12 +13,10 @@ It relies on `TConn`, `enqueue_req`, `handle`, `finish_request`, `keepalived_con
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import selectors
 import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -31,6 +29,7 @@ from typing import Any
 from gunicorn.workers import gthread
 
 from gracehooks.gunicorn.workers.drained import Drained
+from gracehooks.gunicorn.workers.sockets import AGAIN, EMPTY, NO_ROOM, ended, readable
 
 __all__ = ["Worker"]
 
@@ -46,8 +45,6 @@ CLOSING = 2.0
 AHEAD = 4
 #: The longest pause of the loop while it drains, in seconds; a heartbeat at least as often.
 PAUSE = 0.25
-TRANSIENT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED, errno.EINTR)
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Worker(Drained, gthread.ThreadWorker):
@@ -107,9 +104,9 @@ class Worker(Drained, gthread.ThreadWorker):
         try:
             client, address = listener.accept()
         except OSError as error:
-            if error.errno not in TRANSIENT:
+            if error.errno not in (*EMPTY, *AGAIN):
                 raise
-            return error.errno in (errno.ECONNABORTED, errno.EINTR)
+            return error.errno in AGAIN
         self.nr_conns += 1
         conn = gthread.TConn(self.cfg, client, address, listener.getsockname())
         conn.data_ready = True
@@ -189,7 +186,7 @@ class Worker(Drained, gthread.ThreadWorker):
         try:
             sock.shutdown(socket.SHUT_WR)
             sock.setblocking(False)
-            if not _ended(sock):
+            if not ended(sock):
                 with self._guard:
                     self._closing[sock] = time.monotonic() + CLOSING
                     self.poller.register(sock, selectors.EVENT_READ, self._on_closing)
@@ -200,7 +197,7 @@ class Worker(Drained, gthread.ThreadWorker):
 
     def _on_closing(self, sock: Any) -> None:
         try:
-            if not _ended(sock):
+            if not ended(sock):
                 return
         except OSError:
             pass
@@ -282,6 +279,10 @@ class Worker(Drained, gthread.ThreadWorker):
             http2.close()
         return []
 
+    def unread(self) -> int:
+        """Connections that wait for a thread, or whose request has not arrived to its end."""
+        return max(0, len(self._busy) - self.drain.in_flight)
+
     # -- leaving -------------------------------------------------------------------------------------------------------
     def drain_requests(self) -> None:
         """Accept what is ours, answer what comes on every connection that is left, close those that linger for nothing."""
@@ -304,7 +305,6 @@ class Worker(Drained, gthread.ThreadWorker):
             if not (waiting or self._busy or self._kept or self.pending_conns or self._closing):
                 break
             if deadline.passed:
-                drain.unserved = max(0, len(self._busy) - drain.in_flight)
                 break
             self._turn(min(PAUSE, deadline.left()))
         self._close_listeners()
@@ -356,18 +356,6 @@ def clock() -> float:
     return time.monotonic() if QUEUED else time.time()
 
 
-def readable(sock: Any) -> bool:
-    """Whether something can be read without waiting: bytes, or the end."""
-    if isinstance(sock, ssl.SSLSocket) and sock.pending():
-        return True
-    poll = select.poll()
-    try:
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(0))
-    except (OSError, ValueError):
-        return False
-
-
 def pipelined(parser: Any) -> bool:
     """Whether the next request was read together with the last one: nothing more will make the socket readable.
 
@@ -376,14 +364,3 @@ def pipelined(parser: Any) -> bool:
     if not parser.unreader.buf.getvalue():
         return False
     return QUEUED or getattr(getattr(parser.mesg.body, "reader", None), "length", 1) == 0
-
-
-def _ended(sock: Any) -> bool:
-    """Read away what the client still sends; whether it has closed. Raises OSError when the connection is broken."""
-    try:
-        for _ in range(64):
-            if not sock.recv(65536):
-                return True
-    except (BlockingIOError, ssl.SSLWantReadError):
-        pass
-    return False

@@ -1,0 +1,69 @@
+"""Looking at connections and closing them, for the worker classes that do it themselves."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import ssl
+import time
+from typing import Any
+
+__all__ = ["AGAIN", "EMPTY", "NO_ROOM", "close_in_steps", "ended", "readable", "unread_body"]
+
+#: What `accept` may fail with although there may be another connection.
+AGAIN = (errno.ECONNABORTED, errno.EINTR)
+#: What it fails with when there is none.
+EMPTY = (errno.EAGAIN, errno.EWOULDBLOCK)
+#: What it fails with while this process, or the machine, has no room for another connection.
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def readable(sock: Any) -> bool:
+    """Whether something can be read without waiting: bytes, or the end."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    poll = select.poll()
+    try:
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def ended(sock: Any) -> bool:
+    """Read away what the client still sends, without waiting; whether it has closed. Raises OSError when it is broken."""
+    try:
+        for _ in range(64):
+            if not sock.recv(65536):
+                return True
+    except (BlockingIOError, ssl.SSLWantReadError):
+        pass
+    return False
+
+
+def close_in_steps(sock: Any, seconds: float) -> None:
+    """Close our side, wait until the client has closed its own or `seconds` have passed, close the rest.
+
+    Bytes that are unread when a socket is closed make the kernel take back the answer (RFC 9112 section 9.6).
+    """
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if not sock.recv(65536):
+                break
+    except OSError:
+        pass
+    finally:
+        sock.close()
+
+
+def unread_body(request: Any) -> bool:
+    """Whether the application has left a part of the request's body unread, as far as gunicorn's reader tells."""
+    reader = getattr(getattr(request, "body", None), "reader", None)
+    left = getattr(reader, "length", None)
+    if left is not None:
+        return bool(left)
+    return not getattr(reader, "finished", getattr(reader, "parser", None) is None)

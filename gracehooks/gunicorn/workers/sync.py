@@ -1,0 +1,183 @@
+"""`gracehooks.SyncWorker`: gunicorn's sync worker that leaves without losing.
+
+While it serves, gunicorn's loop runs: one connection after the other. What is ours: a client that connects and sends
+nothing holds the worker for PATIENCE seconds, not until the master's time-out kills it; then it waits in the lobby, from
+where its request is served when it comes.
+
+It relies on `accept`, `wait`, `handle`, `handle_request`, `wait_fds` of gunicorn's `SyncWorker`
+(tests/contract/test_sync.py). The application runs in the main thread: when it is stuck, the sentinel ends the worker.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from typing import Any, NamedTuple
+
+from gunicorn import util
+from gunicorn.workers import sync
+
+from gracehooks.gunicorn.workers.drained import Drained
+from gracehooks.gunicorn.workers.sockets import AGAIN, NO_ROOM, close_in_steps, readable, unread_body
+
+__all__ = ["SyncWorker"]
+
+#: How long the worker waits for the first byte of a new connection before it looks at others, in seconds.
+PATIENCE = 1.0
+#: How long a connection may wait in the lobby while the worker serves, in seconds.
+LOBBY = 30.0
+#: The longest pause of the loop while it drains, in seconds.
+PAUSE = 0.25
+#: How long a connection with unread bytes waits for its client to close, in seconds.
+CLOSING = 2.0
+#: Later gunicorns close in two steps themselves.
+CLOSES_AT_ONCE = not hasattr(util, "close_graceful")
+
+
+class Waiting(NamedTuple):
+    """A connection in the lobby, and when its time is over."""
+
+    listener: Any
+    client: Any
+    address: Any
+    until: float
+
+
+class SyncWorker(Drained, sync.SyncWorker):
+    """The `worker_class` of `gracehooks.SyncWorker`: one request at a time, and a drain in phases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: New connections that have sent nothing yet, by their descriptors, oldest first.
+        self._lobby: dict[int, Waiting] = {}
+        self._parsing = False
+
+    # -- serving -----------------------------------------------------------------------------------------------------
+    def accept(self, listener: Any) -> None:
+        """Accept one connection and serve it, or leave it in the lobby when it stays silent."""
+        if self._lobby:
+            self._serve_lobby(0.0)
+        client, address = listener.accept()
+        client.setblocking(True)
+        util.close_on_exec(client)
+        if self._speaks(client):
+            self._serve(listener, client, address)
+            return
+        wait = LOBBY if self.alive else self.drain.linger(used=False)
+        self._lobby[client.fileno()] = Waiting(listener, client, address, time.monotonic() + wait)
+
+    def _speaks(self, client: Any) -> bool:
+        """Whether the client sends its first byte within PATIENCE; a worker that leaves has none."""
+        poll = select.poll()
+        poll.register(client, select.POLLIN)
+        if poll.poll(0):
+            return True
+        poll.register(self.PIPE[0], select.POLLIN)
+        until = time.monotonic() + PATIENCE
+        while not self.drain.leaving and (left := until - time.monotonic()) > 0:
+            ready = [descriptor for descriptor, _ in poll.poll(left * 1000)]
+            if client.fileno() in ready:
+                return True
+            self._empty_pipe()
+        return False
+
+    def _serve(self, listener: Any, client: Any, address: Any) -> None:
+        self._parsing = True
+        try:
+            self.handle(listener, client, address)
+        finally:
+            self._parsing = False
+
+    def _empty_pipe(self) -> None:
+        try:
+            while os.read(self.PIPE[0], 1024):
+                pass
+        except OSError:
+            pass
+
+    def wait(self, timeout: float) -> list[Any]:
+        """Wait for a connection, for the lobby or for a signal; gives the listeners that have something."""
+        self.notify()
+        descriptors = self._poll(timeout, self.sockets)
+        return [listener for listener in self.sockets if listener.fileno() in descriptors]
+
+    def _serve_lobby(self, timeout: float) -> None:
+        self._poll(timeout, ())
+
+    def _poll(self, timeout: float, listeners: Any) -> set[int]:
+        """Wait once, serve what the lobby has; gives the descriptors that were ready."""
+        now = time.monotonic()
+        for waiting in [each for each in self._lobby.values() if each.until <= now]:
+            if not readable(waiting.client):
+                del self._lobby[waiting.client.fileno()]
+                waiting.client.close()
+        poll = select.poll()
+        for descriptor in (self.PIPE[0], *(each.fileno() for each in listeners), *self._lobby):
+            poll.register(descriptor, select.POLLIN)
+        soonest = min((each.until - now for each in self._lobby.values()), default=timeout)
+        found = {descriptor for descriptor, _ in poll.poll(max(0.0, min(timeout, soonest)) * 1000)}
+        if self.PIPE[0] in found:
+            self._empty_pipe()
+        for descriptor in [each for each in self._lobby if each in found]:
+            waiting = self._lobby.pop(descriptor)
+            self._serve(waiting.listener, waiting.client, waiting.address)
+        return found
+
+    def handle_request(self, listener: Any, req: Any, client: Any, addr: Any) -> None:
+        """One request, from parsed to answered."""
+        number = self.drain.begin(req.method, req.path)
+        try:
+            super().handle_request(listener, req, client, addr)
+        finally:
+            self.drain.end(number)
+            if self.nr >= self._recycle_at:
+                self.ask_for_replacement()
+        if CLOSES_AT_ONCE and (unread_body(req) or readable(client)):
+            close_in_steps(client, CLOSING)
+
+    def unread(self) -> int:
+        """Connections of the lobby that have sent something, and one whose request has not arrived to its end."""
+        lobby = sum(1 for each in list(self._lobby.values()) if readable(each.client))
+        return lobby + int(self._parsing and not self.drain.in_flight)
+
+    # -- leaving -------------------------------------------------------------------------------------------------------
+    def drain_requests(self) -> None:
+        """Serve the backlog where it is ours, and whoever of the lobby speaks in time."""
+        drain, deadline = self.drain, self.drain.deadline
+        # With SO_REUSEPORT each process has a backlog of its own, which dies with its socket.
+        waiting = list(self.sockets) if drain.final or self.cfg.reuse_port else []
+        until = time.monotonic() + drain.linger(used=False)
+        self._lobby = {key: each._replace(until=min(each.until, until)) for key, each in self._lobby.items()}
+        while True:
+            self.notify()
+            if waiting:
+                self._accept_waiting(waiting)
+            if not waiting:
+                self._close_listeners()
+            if deadline.passed or not (waiting or self._lobby):
+                break
+            self._serve_lobby(0.0 if waiting else min(PAUSE, deadline.left()))
+        self._close_listeners()
+
+    def _accept_waiting(self, waiting: list[Any]) -> None:
+        """One connection of each listener; the other workers of a stop accept from the same ones."""
+        if self.drain.orphan and self.drain.deadline.left() < self.settings.drain_timeout / 4:
+            waiting.clear()  # nobody keeps new connections out: this would never end
+        for listener in list(waiting):
+            try:
+                self.accept(listener)
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    self._serve_lobby(PAUSE)
+                elif error.errno not in AGAIN:
+                    waiting.remove(listener)
+            if self.drain.deadline.passed:
+                return
+
+    def _close_listeners(self) -> None:
+        if self.sockets:
+            for listener in self.sockets:
+                listener.close()
+            self.sockets = []
+            self.drain.accepting_ended()
