@@ -205,7 +205,7 @@ class Anchor:
 
     def _start(self, instead_of: int) -> None:
         self.waiting.clear()
-        sockets = self.harbour.holding if instead_of else []
+        sockets = self.harbour.fit_to_inherit() if instead_of else []
         try:
             pid = launch.launch(
                 self.command,

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+from array import array
 from collections.abc import Callable, Iterator
 
 from gracehooks import processes
@@ -20,6 +21,9 @@ from gracehooks.anchor.lines import LISTENERS, MOST, SERVING
 from gracehooks.anchor.machine import Fact, Moored, Serving
 
 __all__ = ["Berth", "Harbour"]
+
+#: socket(7)
+_SO_DETACH_FILTER = 27
 
 
 class Berth:
@@ -90,7 +94,7 @@ class Harbour:
         """What its master says; `closed` is called when it says no more."""
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(berth.line, 65536, MOST, socket.MSG_CMSG_CLOEXEC)
+                data, fds = _receive(berth.line)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
@@ -146,6 +150,22 @@ class Harbour:
             return True
         return False
 
+    def fit_to_inherit(self) -> list[int]:
+        """What is held, made fit for a new master: the filter that a stop put before new connections is taken off (the
+        master may have been killed in the middle of one). Nothing where a unix socket has lost its path: nobody could
+        reach it, and gunicorn binds either all or none.
+        """
+        for fd in self.holding:
+            with socket.socket(fileno=os.dup(fd)) as listener:
+                try:
+                    listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+                except OSError:
+                    pass  # there was none
+                name = listener.getsockname()
+            if isinstance(name, str) and name and not os.path.exists(name):
+                return []
+        return self.holding
+
     def masters(self) -> dict[int, int]:
         """The masters that are moored and alive: pid and start time."""
         return {each.pid: each.started for each in self.berths if processes.alive(each.pid, each.started)}
@@ -167,6 +187,17 @@ def inherited_sockets() -> set[int]:
         except (OSError, ValueError):
             continue  # the descriptor of the listing itself
     return found
+
+
+def _receive(line: socket.socket) -> tuple[bytes, list[int]]:
+    """One packet and its descriptors, closed on exec from the start (`socket.recv_fds` takes that flag and ignores it)."""
+    size = array("i").itemsize
+    data, found, _, _ = line.recvmsg(65536, socket.CMSG_LEN(MOST * size), socket.MSG_CMSG_CLOEXEC)
+    fds = array("i")
+    for level, kind, content in found:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % size])
+    return data, list(fds)
 
 
 def _seconds(text: str) -> float | None:
