@@ -31,7 +31,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from gracehooks import requests
@@ -41,7 +41,7 @@ from gracehooks.drain.cleanup import Log
 from gracehooks.drain.machine import Action, Fact
 from gracehooks.drain.watchdog import LastResort, Sentinel, allocate_lock, native
 from gracehooks.jobs import tracker as jobs
-from gracehooks.scoreboard import Order, Page, Phase
+from gracehooks.scoreboard import Order, Page, Phase, RequestInFlight
 from gracehooks.settings import Settings
 
 __all__ = ["Drain", "Host"]
@@ -117,6 +117,8 @@ class Drain:
         self._taken = False
         #: Whether the master is gone.
         self.orphan = False
+        #: A worker that counts its requests itself, and not with `begin` and `end`, says here which are in flight.
+        self.account: Callable[[], Mapping[int, tuple[RequestInFlight, object]]] | None = None
         #: Whether the worker was told to leave at once.
         self.hammered = False
         self._unread = 0
@@ -157,7 +159,16 @@ class Drain:
     @property
     def in_flight(self) -> int:
         """How many requests have begun and not ended."""
-        return len(self._in_flight)
+        return len(self._in_flight) if self.account is None else len(self.account())
+
+    def running(self) -> dict[int, tuple[RequestInFlight, object]]:
+        """The requests in flight, each under its number, with what runs it."""
+        if self.account is not None:
+            return dict(self.account())
+        return {
+            number: (RequestInFlight(method, path.partition("?")[0], started), handle)
+            for number, (_, method, path, started, handle) in list(self._in_flight.items())
+        }
 
     # -- told ----------------------------------------------------------------------------------------------------
     def watch(self) -> None:
@@ -282,7 +293,7 @@ class Drain:
 
     def _requests_over(self) -> None:
         self._unread = self.host.unread() if self.deadline.passed else 0
-        actions = self._fact(Fact.DEADLINE_PASSED if self._in_flight or self._unread else Fact.REQUESTS_ENDED)
+        actions = self._fact(Fact.DEADLINE_PASSED if self.in_flight or self._unread else Fact.REQUESTS_ENDED)
         if Action.REPORT_REQUESTS in actions:
             self._account("drain_timeout")
 
@@ -320,10 +331,7 @@ class Drain:
 
     def _write(self, reason: str) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         frames = sys._current_frames()
-        found = {
-            number: report.InFlight(method, path.partition("?")[0], started, handle).facts(frames)
-            for number, (_, method, path, started, handle) in list(self._in_flight.items())
-        }
+        found = {number: report.facts(request, handle, frames) for number, (request, handle) in self.running().items()}
         # Connections whose request nobody has read have no name; each is a loss all the same.
         found.update({-number: dict(UNREAD) for number in range(1, self._unread + 1)})
         self.page.report = report.as_json(found.values(), self._abandoned, reason) if found or self._abandoned else ""
@@ -376,7 +384,7 @@ class Drain:
         if not held:
             return
         frames = sys._current_frames()
-        of_requests = {entry[4] for entry in list(self._in_flight.values())}
+        of_requests = {handle for _, handle in self.running().values() if isinstance(handle, int)}
         others = [
             f"{each.name}, at:\n    " + report.where(each.ident or 0, frames).replace("\n", "\n    ")
             for each in held
@@ -393,7 +401,7 @@ class Drain:
             self._taken = True
         self.exit_code = 1
         main = threading.main_thread().ident
-        if not any(entry[4] == main for entry in list(self._in_flight.values())):  # else the report says where it stands
+        if not any(handle == main for _, handle in self.running().values()):  # else the report says where it stands
             stuck = report.where_is_thread(main or 0).replace("\n", "\n    ")
             self.log.error("gracehooks: the main thread is stuck in phase %s, at:\n    %s", phase.name.lower(), stuck)
         if phase <= Phase.REQUESTS:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-__all__ = ["InFlight", "as_json", "in_words", "where", "where_is_thread"]
+from gracehooks.scoreboard import RequestInFlight
+
+__all__ = ["as_json", "facts", "in_words", "where", "where_is_thread"]
 
 #: The innermost frames that a report shows of one stack.
 FRAMES = 12
@@ -41,23 +41,14 @@ _SERVERS = tuple(
 _LIBRARY = os.sep + "site-packages" + os.sep
 
 
-@dataclass(frozen=True)
-class InFlight:
-    """A request that a worker works on: `handle` is what runs it, `started` monotonic seconds, `path` without query."""
-
-    method: str
-    path: str
-    started: float
-    handle: object
-
-    def facts(self, frames: Mapping[int, FrameType]) -> dict[str, Any]:
-        """The request as a report says it."""
-        return {
-            "method": self.method,
-            "path": self.path,
-            "age": round(max(0.0, time.monotonic() - self.started), 3),
-            "where": where(self.handle, frames),
-        }
+def facts(request: RequestInFlight, handle: object, frames: Mapping[int, FrameType]) -> dict[str, Any]:
+    """A request in flight as a report says it; `handle` is what runs it."""
+    return {
+        "method": request.method,
+        "path": request.path,
+        "age": round(request.age, 3),
+        "where": where(handle, frames),
+    }
 
 
 def where(handle: object, frames: Mapping[int, FrameType] | None = None) -> str:
