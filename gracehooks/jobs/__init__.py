@@ -67,7 +67,7 @@ def track(thing: T, name: str | None = None) -> T:
     Returns it. What is counted already is not counted twice.
     """
     found = _tracker.require()
-    if isinstance(thing, Job) or any(work.handle is thing for work in found.active()):
+    if isinstance(thing, Job) or any(thing is work.handle or thing is work.owner for work in found.active()):
         return thing
     if isinstance(thing, threading.Thread):
         threads.track_thread(thing, name)

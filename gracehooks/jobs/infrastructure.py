@@ -32,19 +32,27 @@ PACKAGES = frozenset(
     }
 )  # fmt: skip
 
+_ASYNCIO_THREADS = ("_do_waitpid", "run_forever")
 #: By the identity of the code, with the code, which keeps the identity its own: hashing code is slow.
 _tasks: dict[int, tuple[bool, CodeType]] = {}
+#: asyncio's own errands: the pipes of a child process, the attempts to connect.
+_ERRANDS = frozenset({f"asyncio.{each}" for each in ("base_events", "base_subprocess", "selector_events", "staggered")})
 
 
 def is_infrastructure(*things: Any) -> bool:
     """Whether one of the things (a class, a function) is defined in one of the packages."""
-    return any(_package(thing) in PACKAGES for thing in things)
+    for thing in things:
+        package = _package(thing)
+        # `asyncio.run` in a thread runs the application's; a loop that runs for ever is a loop.
+        if package in PACKAGES and (package != "asyncio" or getattr(thing, "__name__", "") in _ASYNCIO_THREADS):
+            return True
+    return False
 
 
 def is_server_task(coroutine: Any) -> bool:
     """Whether a coroutine, not started yet, is infrastructure: a server's own task, a client's keep-alive.
 
-    asyncio's and anyio's are not: what they wrap is the application's.
+    Most of asyncio's and anyio's are not: what they wrap is the application's.
     """
     code = getattr(coroutine, "cr_code", None)
     if code is None:
@@ -54,7 +62,8 @@ def is_server_task(coroutine: Any) -> bool:
         frame = coroutine.cr_frame
         module = frame.f_globals.get("__name__", "") if frame is not None else ""
         package = module.partition(".")[0]
-        answer = package in PACKAGES and package not in ("asyncio", "anyio", "asgiref", "gracehooks")
+        wraps = package in ("asyncio", "anyio", "asgiref", "gracehooks")
+        answer = module in _ERRANDS or (package in PACKAGES and not wraps)
         known = _tasks[id(code)] = (answer, code)
     return known[0]
 

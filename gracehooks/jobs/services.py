@@ -165,8 +165,8 @@ class _Run:
 
     def in_thread(self) -> None:
         """Run a plain function."""
-        if threads._getcurrent is not None and self.thread is not None:
-            self.thread._gracehooks_greenlet = threads._getcurrent()  # type: ignore[attr-defined]
+        if self.thread is not None:
+            threads.note_greenlet(self.thread)
         while not self.stop.is_set():
             work = self._begin(SERVICE, self.thread)
             if work is None:

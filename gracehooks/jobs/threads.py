@@ -39,7 +39,9 @@ MOST_THREADS = 256
 #: A pool's thread without work ends after these seconds.
 IDLE = 30.0
 
-_start = threading.Thread.start
+#: The class that has `start`: gevent puts a subclass in the place of `threading.Thread`.
+_Thread: Any = next(base for base in threading.Thread.__mro__ if "start" in base.__dict__)
+_start: Callable[[threading.Thread], None] = _Thread.start
 _in_request = requests._current.get
 _in_job = tracker.mark.get
 
@@ -83,6 +85,12 @@ def where_thread(thread: threading.Thread) -> str:
         return stacks.of_frame(greenlet.gr_frame)
     frame = sys._current_frames().get(thread.ident or 0)
     return stacks.of_frame(frame) if frame is not None else "not running"
+
+
+def note_greenlet(thread: threading.Thread) -> None:
+    """Remember which greenlet this thread is, under gevent; called in the thread itself."""
+    if _getcurrent is not None:
+        thread._gracehooks_greenlet = _getcurrent()  # type: ignore[attr-defined]
 
 
 def start_thread(thread: threading.Thread) -> None:
@@ -259,6 +267,7 @@ class Executor(concurrent.futures.Executor):
                 worker.thread.join()
 
     def _turn(self, worker: _Worker) -> None:
+        note_greenlet(worker.thread)
         while worker.call is not None:
             job, context, function, args, kwargs = worker.call
             worker.call = None
@@ -316,9 +325,14 @@ def _patched_start(self: threading.Thread) -> None:
     if _in_job() is None and _in_request() is None:
         return _start(self)
     found = tracker.current()
-    if found is None or self._started.is_set() or is_infrastructure(type(self), self._target):  # type: ignore[attr-defined]
+    if found is None or self._started.is_set() or _is_infrastructure(self):  # type: ignore[attr-defined]
         return _start(self)
     return _start_tracked(self, found, self.name)
+
+
+def _is_infrastructure(thread: threading.Thread) -> bool:
+    plain = type(thread).__module__ in ("threading", "gevent.threading")
+    return is_infrastructure(thread._target) or (not plain and is_infrastructure(type(thread)))  # type: ignore[attr-defined]
 
 
 def _start_tracked(thread: threading.Thread, found: Tracker, name: str) -> None:
@@ -328,8 +342,7 @@ def _start_tracked(thread: threading.Thread, found: Tracker, name: str) -> None:
 
     def run_as_job() -> None:
         tracker.mark.set(work)
-        if _getcurrent is not None:
-            thread._gracehooks_greenlet = _getcurrent()  # type: ignore[attr-defined]
+        note_greenlet(thread)
         try:
             run()
         except BaseException as error:
@@ -419,7 +432,7 @@ def patch(*, gevent: bool) -> None:
         import gevent as package
 
         _getcurrent = package.getcurrent
-    threading.Thread.start = _patched_start  # type: ignore[method-assign]
+    _Thread.start = _patched_start
     ThreadPoolExecutor.submit = _patched_submit  # type: ignore[method-assign,assignment]
     patch_late()
 
@@ -435,7 +448,7 @@ def unpatch() -> None:
     """Put the original methods back; for tests."""
     global _getcurrent
     _getcurrent = None
-    threading.Thread.start = _start  # type: ignore[method-assign]
+    _Thread.start = _start
     ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign]
 
 

@@ -226,6 +226,11 @@ class Work(Token):
         """Seconds since it was accepted."""
         return max(0.0, time.monotonic() - self.started)
 
+    @property
+    def owner(self) -> Any:
+        """What the application holds of it, where that is not the handle itself: the Popen of a process."""
+        return getattr(self.handle, "owner", None)
+
     def where(self) -> str:
         """Where it stands now, as text."""
         try:

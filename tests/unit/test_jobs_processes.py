@@ -1,0 +1,222 @@
+"""Child processes: noticed, told, killed, never robbed of their exit codes; strays are found."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gracehooks import jobs
+from gracehooks.errors import JobRejected
+from gracehooks.jobs import processes
+from gracehooks.jobs.tracker import Tracker
+from tests.kit import eventually
+from tests.kit.processes import alive
+from tests.unit.jobs_bench import balanced, end, request, worker
+
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(3600)"
+)
+
+
+@pytest.fixture
+def found() -> Iterator[Tracker]:
+    with worker() as tracker:
+        yield tracker
+
+
+@pytest.fixture(params=["pidfd", "no pidfd"])
+def pidfd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "no pidfd":
+        monkeypatch.setattr(processes, "_HAS_PIDFD", False)
+    return str(request.param)
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-Sc", code]
+
+
+def test_children_that_are_born_in_a_request_are_jobs_and_keep_their_exit_codes(found: Tracker, pidfd: str) -> None:
+    with request():
+        children = [subprocess.Popen(["sh", "-c", f"sleep 0.05; exit {code}"]) for code in (0, 3)]
+        assert [(work.kind, work.name) for work in jobs.active()] == [("process", "sh -c")] * 2
+        assert subprocess.run(["true"], check=False).returncode == 0
+        with pytest.raises(FileNotFoundError):
+            subprocess.Popen(["/no/such/program"])
+    free = subprocess.Popen(["sleep", "3600"])
+    try:
+        assert end(found) == []
+        assert [child.wait() for child in children] == [0, 3]
+        assert free.poll() is None, "what was started outside of a request is left alone"
+    finally:
+        free.kill()
+        assert free.wait() == -9
+    counts = balanced(found)
+    assert (counts["succeeded"], counts["failed"]) == (2, 2)
+
+
+def test_a_child_that_nobody_waits_for_leaves_no_zombie(found: Tracker) -> None:
+    with request():
+        pid = subprocess.Popen(["true"]).pid
+    eventually(lambda: not Path(f"/proc/{pid}").exists(), what="the child was reaped")
+    assert end(found) == []
+    assert balanced(found)["succeeded"] == 1
+
+
+def test_popen_has_a_group_of_its_own_and_gets_its_stop_signal(found: Tracker, pidfd: str) -> None:
+    code = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); print(1, flush=True); time.sleep(60)"
+    told = jobs.popen(python(code), stop_signal=signal.SIGUSR1, stdout=subprocess.PIPE)
+    shell = jobs.popen(["sh", "-c", "sleep 3600; true"])
+    assert os.getpgid(told.pid) == told.pid
+    assert told.stdout is not None
+    told.stdout.readline()
+    assert end(found, 60, 0.05) == []
+    assert told.wait() == 0
+    assert shell.wait() == -15, "the whole group got it"
+    told.stdout.close()
+    counts = balanced(found)
+    assert (counts["succeeded"], counts["cancelled"]) == (1, 1)
+    with pytest.raises(JobRejected):
+        jobs.popen(["true"])
+
+
+def test_what_ignores_its_stop_signal_is_reported_and_killed(found: Tracker) -> None:
+    with request():
+        children = [
+            subprocess.Popen(python(STUBBORN), stdout=subprocess.PIPE),
+            jobs.popen(python(STUBBORN), stdout=subprocess.PIPE),
+        ]
+    for child in children:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.stdout.close()
+    lost = end(found, 0.1, 0)
+    assert [each.kind for each in lost] == ["process", "process"]
+    assert [f"pid {child.pid} " in each.where for each, child in zip(lost, children, strict=True)] == [True, True]
+    assert [child.wait(60) for child in children] == [-9, -9]
+    assert balanced(found)["abandoned"] == 2
+
+
+def test_a_grandchild_that_has_left_the_group_and_lost_its_parent_is_waited_for(found: Tracker, tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    with request():
+        subprocess.Popen(["sh", "-c", f"setsid sh -c 'sleep 0.4; echo > {done}' & exit 0"]).wait()
+    eventually(lambda: len(found) == 0)
+    assert end(found) == []
+    assert done.exists()
+    counts = balanced(found)
+    assert (counts["accepted"], counts["succeeded"]) == (2, 2)
+
+
+def test_a_stray_that_stays_is_told_reported_and_killed(found: Tracker, tmp_path: Path) -> None:
+    code = f"import os, time; os.setsid(); open('{tmp_path}/pid', 'w').write(str(os.getpid())); {STUBBORN}"
+    with request():
+        subprocess.Popen(["sh", "-c", f'{sys.executable} -Sc "{code}" & exit 0'], stdout=subprocess.DEVNULL).wait()
+    eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    pid = int((tmp_path / "pid").read_text())
+    time.sleep(0.1)  # SIG_IGN comes a moment after the file; too early is a test that tests less, never a failure
+    lost = end(found, 0.3, 0)
+    assert [each.kind for each in lost] in (["process"], [])
+    eventually(lambda: not alive(pid))
+    balanced(found)
+
+
+def test_run_is_subprocess_run(found: Tracker) -> None:
+    assert jobs.run(["cat"], input=b"in", capture_output=True).stdout == b"in"
+    assert jobs.run("exit 3", shell=True).returncode == 3
+    assert jobs.run(["echo", "x"], capture_output=True, text=True).stdout == "x\n"
+    with pytest.raises(subprocess.CalledProcessError):
+        jobs.run(["false"], check=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        jobs.run(["sh", "-c", "sleep 3600; true"], timeout=0.05)
+    with pytest.raises(ValueError, match="input"):
+        jobs.run(["cat"], input=b"", stdin=subprocess.PIPE)
+    assert end(found) == []
+    counts = balanced(found)
+    assert (counts["accepted"], counts["succeeded"], counts["failed"]) == (5, 2, 3)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_child_of_a_coroutine_is_a_job_and_the_loop_gets_the_exit_code(found: Tracker, loop: str) -> None:
+    async def main() -> None:
+        with request():
+            child = await asyncio.create_subprocess_exec("sh", "-c", "sleep 0.05; exit 4")
+            assert [(work.kind, work.name) for work in jobs.active()] == [("process", "sh -c")]
+            shell = await asyncio.create_subprocess_shell("exit 0")
+        assert await child.wait() == 4
+        assert await shell.wait() == 0
+        await asyncio.to_thread(eventually, lambda: len(found) == 0)
+
+    if loop == "uvloop":
+        uvloop = pytest.importorskip("uvloop")
+        processes.patch_late()
+        uvloop.run(main())
+    else:
+        asyncio.run(main())
+    assert end(found) == []
+    counts = balanced(found)
+    assert (counts["accepted"], counts["failed"], counts["succeeded"]) == (2, 1, 1)
+
+
+def test_forks_and_multiprocessing_in_a_request_are_jobs(found: Tracker) -> None:
+    context = multiprocessing.get_context("fork")
+    with request():
+        process = context.Process(target=time.sleep, args=(0.05,), name="a process")
+        process.start()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(7)
+    outside = context.Process(target=time.sleep, args=(3600,))
+    outside.start()
+    assert [work.name for work in jobs.active()][:1] == ["a process"]
+    assert end(found) == []
+    process.join()
+    assert process.exitcode == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert outside.is_alive()
+    outside.kill()
+    outside.join()
+    counts = balanced(found)
+    assert (counts["accepted"], counts["succeeded"], counts["failed"]) == (2, 1, 1)
+
+
+def test_track_a_child(found: Tracker) -> None:
+    child = subprocess.Popen(["sleep", "0.05"])
+    assert jobs.track(child) is child
+    jobs.track(child)
+    assert [work.name for work in jobs.active()] == ["sleep 0.05"]
+    assert end(found) == []
+    assert child.wait() == 0
+    assert balanced(found)["succeeded"] == 1
+
+
+def test_zombies_that_were_adopted_are_reaped_and_owned_ones_are_not(
+    found: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "ADOPTED_AFTER", 0.2)
+    monkeypatch.setattr(processes, "_watcher", None)
+    owned = subprocess.Popen(["true"])
+    with request():
+        subprocess.Popen(["sh", "-c", f"setsid sh -c 'echo $$ > {tmp_path}/pid' & exit 0"]).wait()
+    eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    pid = int((tmp_path / "pid").read_text())
+    eventually(lambda: not Path(f"/proc/{pid}").exists(), what="the adopted zombie was reaped")
+    assert Path(f"/proc/{owned.pid}").exists()
+    assert owned.wait() == 0
+    end(found)
+    balanced(found)
+
+
+def test_names_hold_no_secrets() -> None:
+    assert processes.name_of(["/usr/bin/curl", "-u", "user:secret"]) == "curl -u"
+    assert processes.name_of(["env", "TOKEN=secret"]) == "env"
+    assert processes.name_of("convert in.png out.png") == "convert in.png"
+    assert processes.name_of([]) == "process"

@@ -1,0 +1,310 @@
+"""Threads and pools: what is born in a request is a job, what is not is left alone; `submit` and `Executor`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import pytest
+
+from gracehooks import jobs
+from gracehooks.errors import JobRejected
+from gracehooks.jobs import threads
+from gracehooks.jobs.tracker import Abandoned, Tracker
+from tests.kit import eventually
+from tests.unit.jobs_bench import balanced, end, request, worker
+
+VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
+
+@pytest.fixture
+def found() -> Iterator[Tracker]:
+    with worker() as tracker:
+        yield tracker
+
+
+# -- born in a request -------------------------------------------------------------------------------------------
+def test_a_thread_that_is_born_in_a_request_is_a_job_and_so_are_its_children(found: Tracker) -> None:
+    go, seen = threading.Event(), []
+
+    def inner() -> None:
+        seen.append(jobs.current())
+        go.wait(60)
+
+    def outer() -> None:
+        seen.append(jobs.current())
+        threading.Thread(target=inner, name="inner").start()
+        go.wait(60)
+
+    with request():
+        threading.Thread(target=outer, name="outer").start()
+    threading.Thread(target=go.wait, name="of nobody", daemon=True).start()
+    eventually(lambda: len(seen) == 2)
+    assert [(work.kind, work.name) for work in jobs.active()] == [("thread", "outer"), ("thread", "inner")]
+    assert seen == jobs.active()
+    assert [each.name for each in found.page.jobs()] == ["outer", "inner"]
+    go.set()
+    assert end(found) == []
+    assert balanced(found)["succeeded"] == 2
+
+
+def test_a_thread_that_raises_has_failed_and_is_heard_of_once(found: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+    monkeypatch.setattr(threading, "excepthook", lambda each: heard.append(each.exc_type))
+
+    def cancelled() -> None:
+        assert jobs.current().wait(60)
+        jobs.current().raise_if_set()
+
+    with request():
+        for target in (lambda: 1 / 0, cancelled, lambda: exec("raise SystemExit")):
+            threading.Thread(target=target).start()
+    assert end(found, 60, 0.05) == []
+    counts = balanced(found)
+    assert (counts["failed"], counts["cancelled"], counts["succeeded"]) == (1, 1, 1)
+    eventually(lambda: ZeroDivisionError in heard)
+    assert jobs.JobCancelled not in heard
+
+
+def test_a_subclass_with_a_run_of_its_own_is_a_job_too(found: Tracker) -> None:
+    class Mine(threading.Thread):
+        ran = False
+
+        def run(self) -> None:
+            self.ran = True
+
+    with request():
+        mine = Mine()
+        mine.start()
+        with pytest.raises(RuntimeError):
+            mine.start()
+        timer = threading.Timer(0.01, int)
+        timer.start()
+    mine.join()
+    timer.join()
+    assert mine.ran
+    assert "run" not in mine.__dict__
+    assert end(found) == []
+    assert balanced(found)["succeeded"] == 2
+
+
+def test_infrastructure_that_is_started_in_a_request_is_no_job(found: Tracker) -> None:
+    def monitor() -> None:
+        pass
+
+    monitor.__module__ = "sentry_sdk.worker"
+    with request():
+        threading.Thread(target=monitor).start()
+        contextvars.Context().run(threading.Thread(target=int).start)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(int, "7").result() == 7
+    assert end(found) == []
+    assert balanced(found)["accepted"] == 1, "what was handed to the pool"
+
+
+def test_what_a_request_hands_to_a_pool_is_a_job(found: Tracker) -> None:
+    go, names = threading.Event(), []
+
+    def work() -> None:
+        names.append(jobs.current())
+        go.wait(60)
+        threading.Thread(target=int, name="nested").start()
+
+    with ThreadPoolExecutor(1) as pool:
+        with request():
+            future = pool.submit(work)
+            failing = pool.submit(lambda: 1 / 0)
+        free = pool.submit(int)
+        eventually(lambda: names)
+        assert names == jobs.active()[:1]
+        go.set()
+        with pytest.raises(ZeroDivisionError):
+            failing.result()
+        assert future.result() is None
+        assert free.result() == 0
+        eventually(lambda: len(found) == 0)
+    assert end(found) == []
+    counts = balanced(found)
+    assert (counts["succeeded"], counts["failed"]) == (2, 1)
+
+
+def test_what_a_request_hands_to_a_pool_of_processes_is_a_job_and_the_pool_is_not(found: Tracker) -> None:
+    threads.patch_late()
+    with ProcessPoolExecutor(1) as pool:
+        with request():
+            future = pool.submit(int, "3")
+        assert future.result() == 3
+        eventually(lambda: len(found) == 0)
+        assert end(found) == [], "the pool's own process is not waited for"
+        assert pool.submit(int, "4").result() == 4, "nor killed"
+    assert balanced(found)["accepted"] == 1
+
+
+def test_after_the_end_a_request_cannot_start_a_thread_unseen(found: Tracker) -> None:
+    end(found)
+    with request():
+        with pytest.raises(JobRejected):
+            threading.Thread(target=int).start()
+        with ThreadPoolExecutor(1) as pool, pytest.raises(JobRejected):
+            pool.submit(int)
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+    assert balanced(found)["rejected"] == 2
+
+
+def test_with_track_explicit_only_what_is_named_is_a_job() -> None:
+    with worker(track="explicit") as found:
+        with request():
+            thread = threading.Thread(target=time.sleep, args=(0.05,))
+            thread.start()
+            jobs.submit(int)
+        assert end(found) == []
+        assert balanced(found)["accepted"] == 1
+        thread.join()
+
+
+# -- submit ------------------------------------------------------------------------------------------------------
+def test_submit_gives_a_future_with_an_id_and_carries_the_context(found: Tracker) -> None:
+    VARIABLE.set("carried")
+    job = jobs.submit(VARIABLE.get)
+    assert isinstance(job, concurrent.futures.Future)
+    assert job.result(60) == "carried"
+    assert (job.id, job.name) == (1, "get") or job.name.endswith("get")
+    assert list(concurrent.futures.as_completed([job], 60)) == [job]
+    assert end(found) == []
+    assert balanced(found)["succeeded"] == 1
+
+
+def test_an_exception_stays_in_the_future_and_is_logged_once(found: Tracker, caplog: pytest.LogCaptureFixture) -> None:
+    async def coroutine() -> None: ...
+
+    def fails() -> None:
+        raise ValueError("no such luck")
+
+    with caplog.at_level(logging.ERROR, "test.jobs"):
+        with pytest.raises(ValueError, match="no such luck"):
+            jobs.submit(fails).result(60)
+        with pytest.raises(TypeError, match=r"use jobs\.create_task"):
+            jobs.submit(coroutine).result(60)
+        assert end(found) == []
+    lines = [record.getMessage() for record in caplog.records if "no such luck" in str(record.exc_info)]
+    assert len(lines) == 1
+    assert "fails) failed" in lines[0]
+    assert balanced(found)["failed"] == 2
+
+
+def test_cancel_of_a_waiting_job_and_of_a_running_one(found: Tracker) -> None:
+    begun = threading.Event()
+
+    def work() -> str:
+        begun.set()
+        assert jobs.current().wait(60)
+        return "told"
+
+    with jobs.Executor(1) as pool:
+        running = pool.submit(work)
+        waiting = pool.submit(int)
+        assert begun.wait(60)
+        assert "wait" in jobs.active()[1].where()
+        assert "test_jobs_threads.py" in jobs.active()[0].where()
+        assert waiting.cancel()
+        assert not running.cancel()
+        assert running.result(60) == "told"
+    assert end(found) == []
+    counts = balanced(found)
+    assert (counts["succeeded"], counts["cancelled"]) == (1, 1)
+
+
+def test_at_the_end_waiting_jobs_are_cancelled_and_running_ones_told(found: Tracker) -> None:
+    with jobs.Executor(2) as pool:
+        running = [pool.submit(lambda: jobs.current().wait(60)) for _ in range(2)]
+        waiting = [pool.submit(int) for _ in range(20)]
+        assert end(found, 60, 0.05) == []
+        assert all(job.result(60) for job in running)
+        assert all(job.cancelled() for job in waiting)
+    counts = balanced(found)
+    assert (counts["succeeded"], counts["cancelled"]) == (2, 20)
+    with pytest.raises(RuntimeError):
+        pool.submit(int)
+
+
+def test_an_executor_is_a_real_one(found: Tracker) -> None:
+    with jobs.Executor(3) as pool:
+        assert list(pool.map(abs, range(-200, 0))) == list(range(200, 0, -1))
+        assert len({thread.name for thread in threading.enumerate() if "gracehooks-job" in thread.name}) <= 3 + 256
+    with pytest.raises(RuntimeError, match="shutdown"):
+        pool.submit(int)
+    with pytest.raises(ValueError, match="1 or more"):
+        jobs.Executor(0)
+    assert end(found) == []
+    assert balanced(found)["succeeded"] == 200
+
+
+def test_an_idle_thread_ends_and_a_new_one_takes_over(found: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "IDLE", 0.001)
+    with jobs.Executor(2) as pool:
+        for number in range(50):
+            assert pool.submit(int, number).result(60) == number
+            time.sleep(0.0005 * (number % 4))
+    assert end(found) == []
+    assert balanced(found)["succeeded"] == 50
+
+
+def test_an_abandoned_job_tells_where_it_stood(found: Tracker) -> None:
+    heard: list[Abandoned] = []
+    release = threading.Event()
+
+    @jobs.job(on_abandon=heard.append)
+    def stubborn() -> None:
+        release.wait(60)
+
+    with request():
+        jobs.submit(stubborn)
+        threading.Thread(target=stubborn, name="a thread").start()
+    lost = end(found, 0.1, 0)
+    release.set()
+    assert [each.kind for each in lost] == ["thread", "thread"]
+    assert heard == lost
+    assert all("in stubborn" in each.where and "threading.py" in each.where for each in lost), lost
+    assert "a thread" in lost[1].name
+    assert balanced(found)["abandoned"] == 2
+
+
+def test_a_time_out_of_a_job_is_its_own(found: Tracker) -> None:
+    @jobs.job(timeout=0.05)
+    def patient() -> None:
+        assert jobs.current().wait(60)
+        jobs.current().raise_if_set()
+
+    with pytest.raises(jobs.JobCancelled):
+        jobs.submit(patient).result(60)
+    with pytest.raises(ValueError, match="more than 0"):
+        jobs.job(timeout=0)
+    assert end(found) == []
+    assert balanced(found)["cancelled"] == 1
+
+
+# -- by hand -----------------------------------------------------------------------------------------------------
+def test_track_counts_threads_and_futures_until_they_end(found: Tracker) -> None:
+    go = threading.Event()
+    running = threading.Thread(target=go.wait, args=(60,))
+    running.start()
+    later = threading.Thread(target=go.wait, args=(60,))
+    future: concurrent.futures.Future[int] = concurrent.futures.Future()
+    for thing in (running, later, future):
+        assert jobs.track(thing, "by hand") is thing
+    assert len(found) == 2
+    later.start()
+    jobs.track(future)
+    assert [work.name for work in jobs.active()] == ["by hand"] * 3
+    threading.Timer(0.05, lambda: (go.set(), future.set_result(1))).start()
+    assert end(found) == []
+    assert balanced(found)["succeeded"] == 3
+    with pytest.raises(TypeError, match=r"jobs\.track takes"):
+        jobs.track(5)
