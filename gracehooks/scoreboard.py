@@ -269,19 +269,20 @@ class Page:
         taken = sum(state & 1 for state in self._each_state())
         return taken + max(0, self._get(_BEGUN) - self._get(_ANSWERED))
 
-    def requests(self) -> list[RequestInFlight]:
-        """The requests in flight that have a slot, oldest first."""
-        found = []
+    def slots(self) -> dict[int, RequestInFlight]:
+        """The requests in flight that have a slot, by their slots."""
+        found = {}
         for slot in self._states:
             state, started, method, size, raw = _REQUEST.unpack_from(self._map, slot * 8)
-            if not state & 1:
-                continue
-            found.append(
-                RequestInFlight(
+            if state & 1:
+                found[slot] = RequestInFlight(
                     method.rstrip(b"\0").decode("ascii", "replace"), raw[:size].decode("utf-8", "replace"), started
                 )
-            )
-        return sorted(found, key=lambda each: each.started)
+        return found
+
+    def requests(self) -> list[RequestInFlight]:
+        """The same, oldest first."""
+        return sorted(self.slots().values(), key=lambda each: each.started)
 
     # -- jobs ----------------------------------------------------------------------------------------------------
     def job_begin(self, id: int, kind: str, name: str) -> int:
