@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gunicorn import sock, util
 
 from gracehooks import processes, settings
+from gracehooks.gunicorn.successor import last_words
 from gracehooks.gunicorn.workers.attached import attached
 from gracehooks.scoreboard import Order
 from gracehooks.upgrade.machine import Fact, Happened
@@ -121,8 +122,8 @@ class CohortHost:
         if self._rolling_back:
             return
         if status != 0:
-            lines = [line.strip() for line in self._said.decode("utf-8", "replace").splitlines() if line.strip()]
-            self._fail(f"the configuration cannot be read: {lines[-1] if lines else processes.describe_status(status)}")
+            words = last_words(self._said) or processes.describe_status(status)
+            self._fail(f"the configuration cannot be read: {words}")
             return
         self._boot()
 

@@ -23,7 +23,7 @@ from gracehooks.systemd.driver import Speaker
 from gracehooks.upgrade.channel import Channel
 from gracehooks.upgrade.machine import Fact, Happened
 
-__all__ = ["HANDOVER", "ReexecHost", "command_line", "start_directory"]
+__all__ = ["HANDOVER", "ReexecHost", "command_line", "last_words", "start_directory"]
 
 #: The environment variable that tells a successor what it takes over.
 HANDOVER = "GRACEHOOKS_HANDOVER"
@@ -50,6 +50,12 @@ def start_directory(arbiter: Any) -> str:
     if chdir and os.path.isdir(origin):
         return str(origin)
     return str(arbiter.START_CTX["cwd"])
+
+
+def last_words(said: bytes) -> str:
+    """The last line that says something: gunicorn puts a traceback in brackets, and its last line is "]"."""
+    lines = [line.strip() for line in said.decode("utf-8", "replace").splitlines()]
+    return next((line for line in reversed(lines) if any(map(str.isalnum, line))), "")
 
 
 class ReexecHost:
@@ -231,9 +237,8 @@ class ReexecHost:
                 pass  # our own standard error is gone: nothing to copy to
 
     def _death(self) -> str:
-        lines = [line.strip() for line in self._said.decode("utf-8", "replace").splitlines() if line.strip()]
-        how = processes.describe_status(self._status or 0)
-        return f"ended with {how} while booting" + (f": {lines[-1]}" if lines else "")
+        how, words = processes.describe_status(self._status or 0), last_words(self._said)
+        return f"ended with {how} while booting" + (f": {words}" if words else "")
 
     # -- what it is told ---------------------------------------------------------------------------------------
     def commit(self) -> None:
