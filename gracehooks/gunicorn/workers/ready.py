@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
-__all__ = ["ask_wsgi", "verdict"]
+__all__ = ["ask_asgi", "ask_wsgi", "verdict"]
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -66,3 +67,47 @@ def ask_wsgi(application: Application, path: str) -> str:
     if not status:
         return f"gave no status on {path}"
     return verdict(path, int(status[0].split()[0]))
+
+
+async def ask_asgi(application: Callable[..., Awaitable[Any]], path: str, state: dict[str, Any] | None = None) -> str:
+    """The same of an ASGI application, after its lifespan startup, whose `state` the scope carries.
+
+    It is not bounded here: the master gives the whole boot `ready_timeout`.
+    """
+    path, _, query = path.partition("?")
+    status: list[int] = []
+    asked = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal asked
+        if asked:
+            await asyncio.Event().wait()  # this client does not go away
+        asked = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            status.append(int(message["status"]))
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [(b"host", b"localhost"), (b"user-agent", b"gracehooks-ready")],
+        "client": ("127.0.0.1", 0),
+        "server": ("localhost", 80),
+        "state": dict(state or {}),
+    }
+    try:
+        await application(scope, receive, send)
+    except Exception as error:  # noqa: BLE001 - whatever it raises, it is the reason
+        return f"raised {type(error).__name__}: {error} on {path}"
+    if not status:
+        return f"gave no status on {path}"
+    return verdict(path, status[0])

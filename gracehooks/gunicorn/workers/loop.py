@@ -1,0 +1,319 @@
+"""What the two event loop classes have in common: boot, serve, leave, in one coroutine of the worker's own loop.
+
+What must hold:
+- the signal handlers are plain ones, not the loop's: they must run while the loop is blocked;
+- a worker counts as ready when its lifespan startup has ended and `ready_path` was answered; only then it listens;
+- told to leave, it wakes at once, and the phases of the drain follow one another, each within its deadline;
+- the lifespan shutdown is one of the shutdown callbacks: it comes after the last request and the last job;
+- what swallows its cancellation at the very end is not waited for.
+
+A class says how it starts, what its connections do and how it listens no more; see `LoopWorker`'s abstract methods. It
+relies on gunicorn's `Worker` as `Drained` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any
+
+from gracehooks import jobs
+from gracehooks.drain import cleanup
+from gracehooks.gunicorn.workers import ready
+from gracehooks.gunicorn.workers.calls import Application, Calls
+from gracehooks.gunicorn.workers.departure import Side, depart
+from gracehooks.gunicorn.workers.drained import Drained
+from gracehooks.gunicorn.workers.farewell import CLOSING, Farewell
+from gracehooks.jobs import tasks
+from gracehooks.scoreboard import Phase
+
+__all__ = ["LoopWorker", "PlainSignals", "ServerLoop", "final_line"]
+
+#: The heartbeat while the worker serves, in seconds.
+PACE = 1.0
+#: How often it looks whether `max_requests` is reached, where there is such a limit, in seconds.
+PACE_RECYCLING = 0.1
+#: How long cancelled tasks may take to end at the very end, in seconds.
+TASKS_AT_EXIT = 0.3
+
+
+class PlainSignals:
+    """A mixin, to be put before a stock class whose `init_signals` gives the signals to the event loop."""
+
+    def init_signals(self) -> None:
+        """gunicorn's own handlers of its base class, as plain signal handlers."""
+        for each in self.SIGNALS:  # type: ignore[attr-defined]
+            signal.signal(each, signal.SIG_DFL)
+        for name in ("QUIT", "INT"):
+            signal.signal(getattr(signal, f"SIG{name}"), self.handle_quit)  # type: ignore[attr-defined]
+        signal.signal(signal.SIGTERM, self.handle_exit)  # type: ignore[attr-defined]
+        signal.signal(signal.SIGABRT, self.handle_abort)  # type: ignore[attr-defined]
+        signal.signal(signal.SIGUSR1, self.handle_usr1)  # type: ignore[attr-defined]
+        signal.signal(signal.SIGWINCH, self.handle_winch)  # type: ignore[attr-defined]
+        for each in (signal.SIGTERM, signal.SIGUSR1):
+            signal.siginterrupt(each, False)
+
+
+class ServerLoop:
+    """The loop as the server's own protocols see it: the tasks that they create are no jobs, and are not looked at."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.create_task = tasks._original(type(loop)).__get__(loop, type(loop))
+        self.create_future = loop.create_future
+        self.call_later = loop.call_later
+        self.call_soon = loop.call_soon
+        self.time = loop.time
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+
+class InFlight(Mapping[int, Any]):
+    """The requests in flight, looked up when a report asks: counting them costs the request path as little as it can."""
+
+    def __init__(self, worker: LoopWorker) -> None:
+        self._worker = worker
+
+    def __len__(self) -> int:
+        return self._worker.page.in_flight + len(self._worker.unsent())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(dict(self.items()))
+
+    def __getitem__(self, number: int) -> Any:
+        return dict(self.items())[number]
+
+    def items(self) -> Any:
+        """Each as the drain keeps them: ticket, method, path, start, and what runs it."""
+        found = {
+            number: (None, request.method, request.path, request.started, handle)
+            for number, (request, handle) in self._worker.calls.in_flight(self._worker.event_loop).items()
+        }
+        for number, (method, path) in enumerate((*self._worker.cut, *self._worker.unsent()), 1):
+            found[-(1 << 62) - number] = (None, method, path, time.monotonic(), None)
+        return found.items()
+
+    def values(self) -> Any:
+        """See `items`."""
+        return dict(self.items()).values()
+
+
+class LoopWorker(Drained):
+    """A mixin, to be put before a stock class that serves in an event loop."""
+
+    takes_over = False
+    leaves_at_notify = False
+    ready_at_first_notify = False
+    loop_kind = "asyncio"
+
+    event_loop: asyncio.AbstractEventLoop
+    _woken: asyncio.Event | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.calls = Calls(self.page)
+        #: Answers that ended early: their application stopped when it was told of the drain.
+        self.cut: list[tuple[str, str]] = []
+        #: Connections that we have closed and the client has not.
+        self.farewells: set[Farewell] = set()
+
+    # -- what a class says of itself ---------------------------------------------------------------------------------
+    def make_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop to run in."""
+        raise NotImplementedError
+
+    async def start_application(self) -> tuple[Application, dict[str, Any]]:
+        """Run the lifespan startup, once; gives the application and the state of its lifespan.
+
+        A failed startup is for `refuse_to_boot`.
+        """
+        raise NotImplementedError
+
+    async def listen(self) -> None:
+        """Begin to accept connections."""
+        raise NotImplementedError
+
+    async def tick(self) -> None:
+        """What the server does now and then."""
+
+    def answered_so_far(self) -> int:
+        """How many requests count towards `max_requests`."""
+        raise NotImplementedError
+
+    def begin_leaving(self) -> Side:
+        """From now on answers say `Connection: close`; gives the connections' side."""
+        raise NotImplementedError
+
+    def stop_listening(self) -> None:
+        """Close the listeners of this process."""
+        raise NotImplementedError
+
+    def unsent(self) -> list[tuple[str, str]]:
+        """Method and path of the answers that were given to the loop and have not left it yet."""
+        return []
+
+    # -- the life of the worker ----------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Boot, serve, leave; returns when the worker may exit."""
+        loop = self.event_loop = self.make_loop()
+        self._woken = asyncio.Event()
+        self.drain._in_flight = InFlight(self)  # type: ignore[assignment]
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(self._live())
+        finally:
+            self._serving = False
+            self._end_loop(loop)
+
+    async def _live(self) -> None:
+        application, state = await self.start_application()
+        if self.settings.ready_path is not None:
+            failure = await ready.ask_asgi(application, self.settings.ready_path, state)
+            if failure:
+                self.refuse_to_boot(failure)
+        await self.listen()
+        jobs.start_services()
+        self._serving = True
+        self.notify()
+        self.became_ready()
+        pace = PACE if self._recycle_at == sys.maxsize else PACE_RECYCLING
+        beaten = time.monotonic()
+        while not self.drain.look():
+            await self._pause(pace)
+            if self.answered_so_far() >= self._recycle_at:
+                self.ask_for_replacement()
+            now = time.monotonic()
+            if now - beaten >= PACE:
+                beaten = now
+                self.notify()
+                await self.tick()
+        self._serving = False
+        if self.page.phase is not Phase.ENDED:
+            await self._leave()
+
+    async def _leave(self) -> None:
+        drain = self.drain
+        drain.accepting_ends()
+        side = self.begin_leaving()
+        if drain.final:
+            await self._accept_what_waits()
+        self.stop_listening()
+        for _ in range(5):
+            await asyncio.sleep(0)  # what was accepted just now gets its protocol in the next turns of the loop
+        deadline = drain.accepting_ended()
+        await depart(side, deadline, self.settings.drain_timeout, lambda used: drain.linger(used=used), self._step)
+        await drain.finish_async()
+
+    async def _step(self, seconds: float) -> None:
+        await self._pause(seconds)
+        if self.page.phase is Phase.ENDED:
+            raise SystemExit(self.drain.exit_code)  # hammered, and the application has swallowed it
+        await self.tick_leaving()
+
+    async def tick_leaving(self) -> None:
+        """What the server does now and then while it leaves."""
+
+    async def _accept_what_waits(self) -> None:
+        """Nobody else will accept: let the loop do it until no connection waits at any listener."""
+        poll = select.poll()
+        for each in self.sockets:
+            try:
+                poll.register(each.fileno(), select.POLLIN)
+            except (OSError, ValueError):
+                continue
+        while not self.drain.deadline.passed and any(event & select.POLLIN for _, event in poll.poll(0)):
+            await asyncio.sleep(0)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, at most until somebody wakes the loop."""
+        woken = self._woken
+        assert woken is not None
+        timer = self.event_loop.call_later(seconds, woken.set)
+        try:
+            await woken.wait()
+        finally:
+            timer.cancel()
+        woken.clear()
+
+    def wake(self) -> None:
+        """Wake the loop; from a signal handler or any thread."""
+        woken = self._woken
+        if woken is not None:
+            try:
+                self.event_loop.call_soon_threadsafe(woken.set)
+            except RuntimeError:
+                pass  # it is closed: nobody waits any more
+
+    def _end_now(self, reason: str, hook: Any) -> None:
+        try:
+            super()._end_now(reason, hook)
+        finally:
+            self.wake()  # an application may swallow the SystemExit that is on its way
+
+    @property
+    def should_exit(self) -> bool:
+        """Whether the worker is leaving; libraries for server-sent events look for this name at the SIGTERM handler."""
+        return self.drain.leaving
+
+    # -- the end of the loop -------------------------------------------------------------------------------------------
+    def _end_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cancel what still runs and close the loop; bounded, whatever a task does."""
+        try:
+            if self.page.phase is not Phase.ENDED or not self.drain.deadline.passed:
+                loop.run_until_complete(_end_tasks(loop))
+        except (Exception, asyncio.CancelledError):
+            self.log.exception("gracehooks: the tasks of the worker could not be ended")
+        finally:
+            asyncio.set_event_loop(None)
+            if not loop.is_running():
+                loop.close()
+
+    def add_lifespan_shutdown(self, shutdown: Callable[[], Awaitable[None]]) -> None:
+        """Have the lifespan shutdown run among the shutdown callbacks, when its turn comes."""
+
+        async def lifespan_shutdown() -> None:
+            await shutdown()
+
+        lifespan_shutdown.__qualname__ = "lifespan shutdown"
+        cleanup.on_shutdown(lifespan_shutdown)
+
+    # -- connections -----------------------------------------------------------------------------------------------
+    def farewell(self, transport: Any, protocol: Any, patience: float = CLOSING) -> None:
+        """Close a connection politely."""
+        farewell = Farewell(transport, protocol, self.event_loop, patience, self.farewells.discard)
+        self.farewells.add(farewell)
+        if not transport.can_write_eof() or transport.is_closing():
+            self.farewells.discard(farewell)
+        farewell.begin()
+
+    def hand_over(self, slot: int, task: Any, name: str) -> None:
+        """A call goes on after its answer was sent: from now on it is a job."""
+        self.calls.answered.add(slot)
+        self.page.end(slot)
+        tasks.track_task(task, name)
+
+
+async def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    others = asyncio.all_tasks(loop) - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        done, _ = await asyncio.wait(others, timeout=TASKS_AT_EXIT)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # it was said where it belongs, or it is the cancellation's own
+    try:
+        await asyncio.wait_for(loop.shutdown_asyncgens(), TASKS_AT_EXIT)
+    except asyncio.TimeoutError:
+        pass
+
+
+def final_line(text: str) -> str:
+    """The last line of a message that has something in it: of a traceback, the exception."""
+    lines = [each.strip() for each in text.strip().splitlines() if each.strip()]
+    return lines[-1] if lines else text

@@ -1,0 +1,408 @@
+"""`gracehooks.UvicornWorker`: uvicorn under gunicorn, with h11 or httptools, asyncio or uvloop, that leaves without losing.
+
+While it serves, uvicorn's own protocols serve; of ours there is one layer round the application, which counts the request
+(see `calls`), and in `receive` the place where a drain can be told. When the worker leaves, the protocols of the open
+connections are changed in three points: their answers carry `Connection: close`, their `close` is polite, and their
+keep-alive timers are ours.
+
+It relies on uvicorn's `Config.load`, `loaded_app`, `http_protocol_class`, `ws_protocol_class`, `Server.startup`,
+`server_state`, `servers`, the protocols' `cycle`, `pipeline`, `transport`, `timeout_keep_alive`, and on
+`RequestResponseCycle` with `receive`, `default_headers`, `response_started`, `response_complete`, `more_body`,
+`message_event` (tests/contract/test_uvicorn.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import signal
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from gracehooks.errors import ConfigError
+from gracehooks.gunicorn.workers.calls import Application
+from gracehooks.gunicorn.workers.departure import State
+from gracehooks.gunicorn.workers.farewell import CLOSING, PoliteTransport, unsent
+from gracehooks.gunicorn.workers.loop import LoopWorker, PlainSignals, ServerLoop, final_line
+
+try:
+    import uvicorn_worker
+    from uvicorn.server import Server
+except ImportError as error:
+    raise ConfigError(
+        f"gracehooks.UvicornWorker needs uvicorn and uvicorn-worker ({error}); install gracehooks[uvicorn]"
+    ) from error
+
+__all__ = ["UvicornWorker"]
+
+CLOSE = (b"connection", b"close")
+#: The drain closes idle connections itself: uvicorn's timer must not, while a request may be on its way.
+NEVER = 1e6
+#: How much of an answer's first bytes is looked at for its content type.
+HEAD = 2048
+DISCONNECT = {"type": "http.disconnect"}
+
+
+class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
+    """The `worker_class` of `gracehooks.UvicornWorker`.
+
+    `CONFIG_KWARGS` of a subclass chooses protocols and loop, as with uvicorn's own worker class.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The heartbeat and the limit of requests are ours.
+        self.config.callback_notify = None
+        self.config.limit_max_requests = None
+        self.server: Any = None
+        self._side: Connections | None = None
+        #: Protocols made for connections that were accepted, until somebody has let go of them.
+        self.born: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    # -- starting ----------------------------------------------------------------------------------------------------
+    def make_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that the configuration asks for; uvicorn before 0.36 has set a policy instead."""
+        factory_of = getattr(self.config, "get_loop_factory", None)
+        factory = factory_of() if factory_of is not None else None
+        loop: asyncio.AbstractEventLoop = (factory or asyncio.new_event_loop)()
+        return loop
+
+    async def start_application(self) -> tuple[Application, dict[str, Any]]:
+        """uvicorn's own lifespan, and our layer round the application."""
+        config = self.config
+        config.app = self.wsgi
+        if not config.loaded:
+            config.load()
+        server = self.server = Server(config=config)
+        lifespan = config.lifespan_class(config)
+        failed: list[str] = []
+        if hasattr(lifespan, "send"):
+            _overhear(lifespan, failed)
+        await lifespan.startup()
+        if lifespan.should_exit:
+            self.refuse_to_boot(f"the lifespan startup failed: {failed[0] if failed else 'see the log above'}")
+        server.lifespan = _Started(lifespan)
+        self.add_lifespan_shutdown(lifespan.shutdown)
+        application = config.loaded_app
+        if type(application).__name__ == "ProxyHeadersMiddleware" and hasattr(application, "app"):
+            config.loaded_app = self.calls.counted_past_proxy_headers(application, self._finish)
+        else:
+            config.loaded_app = self.calls.counted(application, self._finish)
+        return application, lifespan.state
+
+    async def listen(self) -> None:
+        """uvicorn's own listeners, whose protocols are noted as they are made."""
+        config = self.config
+        protocol_class = config.http_protocol_class
+        _listen_for_the_end(protocol_class)
+        loop = ServerLoop(self.event_loop)
+        born = self.born
+
+        def make(**kwargs: Any) -> Any:
+            protocol = protocol_class(**kwargs)
+            protocol.loop = loop
+            born.add(protocol)
+            return protocol
+
+        config.http_protocol_class = make
+        await self.tick()
+        await self.server.startup(sockets=[each.sock for each in self.sockets])
+
+    async def tick(self) -> None:
+        """uvicorn's headers, the date among them."""
+        await self.server.on_tick(0)
+
+    def answered_so_far(self) -> int:
+        """uvicorn's own count."""
+        return int(self.server.server_state.total_requests)
+
+    # -- leaving -------------------------------------------------------------------------------------------------------
+    def begin_leaving(self) -> Connections:
+        """Change the open connections, and those that come."""
+        # What other libraries have put in the place of this method (sse-starlette does) must learn of the end.
+        self.server.handle_exit(signal.SIGTERM, None)
+        self._side = Connections(self)
+        return self._side
+
+    async def tick_leaving(self) -> None:
+        """Nothing: the date of the last answers is that of the moment at which the worker was told."""
+
+    def stop_listening(self) -> None:
+        """Close the listeners."""
+        for each in self.server.servers:
+            each.close()
+
+    def unsent(self) -> list[tuple[str, str]]:
+        """The answers that are in the loop's buffers."""
+        return self._side.unsent() if self._side is not None else []
+
+    async def _finish(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """A call has ended that was told of the drain; see that its answer ends as well."""
+        cycle: Any = getattr(receive, "__self__", None)
+        if cycle not in self.calls.told:
+            return
+        self.calls.told.discard(cycle)
+        if cycle.response_complete or cycle.disconnected:
+            return
+        if not cycle.response_started:
+            headers = [(b"content-type", b"text/plain"), (b"content-length", b"0"), (b"retry-after", b"1")]
+            await send({"type": "http.response.start", "status": 503, "headers": headers})
+            await send({"type": "http.response.body", "body": b""})
+        elif _is_event_stream(cycle):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            # The client must see that something is missing.
+            self.cut.append((scope["method"], scope["path"]))
+            cycle.disconnected = True
+            cycle.transport.close()
+
+
+# -- told of the end -------------------------------------------------------------------------------------------------
+def _listen_for_the_end(protocol_class: type) -> None:
+    """Have the cycles of that protocol's module tell `http.disconnect` when the drain says so."""
+    module = sys.modules[protocol_class.__module__]
+    stock: Any = getattr(module, "RequestResponseCycle", None)
+    if stock is None or hasattr(stock, "told"):
+        return
+
+    class RequestResponseCycle(stock):
+        """uvicorn's own, which can be told of the drain and goes on sending all the same."""
+
+        #: Whether it was told, whether the application has had the whole body, and the answer's first bytes if known.
+        told = False
+        body_ended = False
+        head: bytes | None = None
+        transport: Any
+
+        async def receive(self) -> Any:
+            if self.body_ended:
+                # The application waits for the client to go away: an answer that begins from now on may be a long one.
+                if self.told:
+                    return DISCONNECT
+                if not self.response_started and self.head is None:
+                    self.head = b""
+                    self.transport = _Overheard(self, self.transport)
+            message = await super().receive()
+            if message["type"] == "http.request":
+                if self.told and self.body_ended and not message["body"]:
+                    return DISCONNECT
+                if not message["more_body"]:
+                    self.body_ended = True
+            return message
+
+    module.RequestResponseCycle = RequestResponseCycle  # type: ignore[attr-defined]
+
+
+class _Overheard:
+    """A transport whose next write is the head of an answer, which is noted; then it takes itself out of the way."""
+
+    def __init__(self, cycle: Any, transport: Any) -> None:
+        self.cycle = cycle
+        self.transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def write(self, data: bytes) -> None:
+        """The head, unless it is only a "100 Continue"."""
+        if not data.startswith(b"HTTP/1.1 100 "):
+            self.cycle.head = bytes(data[:HEAD])
+            self.cycle.transport = self.transport
+        self.transport.write(data)
+
+
+def _is_event_stream(cycle: Any) -> bool:
+    """Whether the answer is a stream of server-sent events, which may end at any event."""
+    if cycle.head:
+        return b"text/event-stream" in cycle.head.lower()
+    return any(name == b"accept" and b"text/event-stream" in value for name, value in cycle.scope["headers"])
+
+
+def _overhear(lifespan: Any, failed: list[str]) -> None:
+    """Note why a startup failed."""
+    send = lifespan.send
+
+    async def overheard(message: Any) -> None:
+        if message["type"] == "lifespan.startup.failed":
+            failed.append(final_line(message.get("message") or "the application gave no reason"))
+        await send(message)
+
+    lifespan.send = overheard
+
+
+class _Started:
+    """The lifespan as uvicorn's `startup` sees it: it has run already."""
+
+    should_exit = False
+
+    def __init__(self, lifespan: Any) -> None:
+        self.state = lifespan.state
+
+    async def startup(self) -> None:
+        """Done before."""
+
+    async def shutdown(self) -> None:
+        """Done later."""
+
+
+# -- the connections of a worker that leaves ---------------------------------------------------------------------------
+class Connections:
+    """The open connections, and those that still come; see `departure.Side`."""
+
+    def __init__(self, worker: UvicornWorker) -> None:
+        self._worker = worker
+        self._server_state = server_state = worker.server.server_state
+        config = worker.config
+        # WebSockets must not say `Connection: close` in their handshake.
+        self._plain_state = copy.copy(server_state)
+        self._ws_protocol_class = config.ws_protocol_class
+        server_state.default_headers = [*server_state.default_headers, CLOSE]
+        for each in list(server_state.connections):
+            self._change(each)
+        make = config.http_protocol_class
+
+        def make_changed(**kwargs: Any) -> Any:
+            protocol = make(**kwargs)
+            connection_made = protocol.connection_made
+
+            def made(transport: Any) -> None:
+                connection_made(transport)
+                self._change(protocol)
+
+            protocol.connection_made = made
+            return protocol
+
+        config.http_protocol_class = make_changed
+
+    def _change(self, protocol: Any) -> None:
+        transport = protocol.transport
+        if transport is None or isinstance(transport, PoliteTransport):
+            return
+        polite = protocol.transport = PoliteTransport(transport, protocol, self._worker.farewell)
+        if not hasattr(protocol, "cycle"):
+            return  # a WebSocket
+        protocol.timeout_keep_alive = NEVER
+        if self._ws_protocol_class is not None:
+            protocol.ws_protocol_class = self._make_websocket
+        cycle = protocol.cycle
+        if cycle is None or cycle.response_complete:
+            timer = protocol.timeout_keep_alive_task
+            if timer is not None:
+                timer.cancel()
+                protocol.timeout_keep_alive_task = None
+            return
+        waiting = [each for each, _ in getattr(protocol, "pipeline", ())]
+        for each in (cycle, *waiting):
+            if isinstance(each.transport, _Overheard):
+                each.transport.transport = polite
+            else:
+                each.transport = polite
+        # Of several requests that have arrived, the answer to the last one closes the connection.
+        last = waiting[0] if waiting else cycle
+        if not last.response_started and not _has_next(protocol):
+            last.default_headers = [*last.default_headers, CLOSE]
+
+    def _make_websocket(self, **kwargs: Any) -> Any:
+        kwargs["server_state"] = self._plain_state
+        return self._ws_protocol_class(**kwargs)
+
+    # -- departure.Side ------------------------------------------------------------------------------------------------
+    def connections(self) -> Iterable[Any]:
+        """Those that we have not closed."""
+        for each in self._server_state.connections:
+            transport = each.transport
+            if isinstance(transport, PoliteTransport) and not transport.is_closing():
+                yield each
+
+    def pending(self) -> int:
+        """Those whose TLS handshake is under way, and those whose client has not closed yet."""
+        beginning = sum(1 for each in list(self._worker.born) if each.transport is None)
+        flushing = sum(1 for each in self._server_state.connections if unsent(each.transport))
+        return beginning + flushing + len(self._worker.farewells)
+
+    def calls_in_flight(self) -> int:
+        """As the page counts them."""
+        return self._worker.page.in_flight
+
+    def state(self, connection: Any) -> State:
+        """By what the protocol keeps of it."""
+        if not hasattr(connection, "cycle"):
+            return State.WEBSOCKET if _is_open(connection) else State.OPENING
+        cycle = connection.cycle
+        if cycle is not None and not cycle.response_complete:
+            return State.BUSY
+        if unsent(connection.transport) or getattr(connection, "pipeline", None):
+            return State.BUSY
+        if _is_reading(connection):
+            return State.READING
+        return State.NEW if cycle is None else State.IDLE
+
+    def transport(self, connection: Any) -> Any:
+        """uvicorn keeps it under that name."""
+        return connection.transport
+
+    def close(self, connection: Any, patience: float) -> None:
+        """Through the polite transport."""
+        connection.transport.close(patience)
+
+    def restart(self, connection: Any) -> None:
+        """uvicorn's own way to close a WebSocket at the end: with 1012."""
+        connection.shutdown()
+        connection.transport.close(CLOSING)
+
+    def tell(self) -> None:
+        """Streams of server-sent events, long polls, and answers of which nobody knows what they are."""
+        for each in list(self._server_state.connections):
+            cycle = getattr(each, "cycle", None)
+            if cycle is None or cycle.response_complete or cycle.more_body or getattr(cycle, "told", True):
+                continue
+            if cycle.response_started and cycle.head and not _is_event_stream(cycle):
+                continue  # a download: it may still get to its end
+            cycle.told = True
+            self._worker.calls.told.add(cycle)
+            cycle.message_event.set()
+
+    def settle(self) -> None:
+        """The calls whose answer is complete."""
+        worker = self._worker
+        if not worker.page.in_flight:
+            return
+        for call in list(worker.calls.running(worker.event_loop)):
+            cycle = getattr(call.receive, "__self__", None)
+            if getattr(cycle, "response_complete", False) and call.slot >= 0 and call.slot not in worker.calls.answered:
+                worker.hand_over(call.slot, call.handle, f"{call.method} {call.path}, after its answer")
+
+    def unsent(self) -> list[tuple[str, str]]:
+        """Answers that their applications have given and that are still in the loop's buffers."""
+        found = []
+        for each in (*self._server_state.connections, *(each.former for each in self._worker.farewells)):
+            cycle = getattr(each, "cycle", None)
+            if cycle is not None and cycle.response_complete and unsent(each.transport):
+                found.append((cycle.scope["method"], cycle.scope["path"]))
+        return found
+
+
+def _has_next(protocol: Any) -> bool:
+    """Whether a further request has arrived behind the one that is being answered."""
+    conn = getattr(protocol, "conn", None)
+    return conn is not None and _is_done(conn) and bool(conn.trailing_data[0])
+
+
+def _is_done(conn: Any) -> bool:
+    return str(conn.their_state) == "DONE"
+
+
+def _is_reading(protocol: Any) -> bool:
+    """Whether a part of a request has arrived."""
+    conn = getattr(protocol, "conn", None)
+    if conn is not None:
+        return bool(conn.trailing_data[0])
+    scope, cycle = protocol.scope, protocol.cycle
+    return scope is not None and (cycle is None or cycle.scope is not scope)
+
+
+def _is_open(websocket: Any) -> bool:
+    completed = getattr(websocket, "handshake_completed_event", None)
+    return bool(completed.is_set() if completed is not None else websocket.handshake_complete)
