@@ -57,10 +57,19 @@ def deployments(asked: Asked) -> Iterator[tuple[Facts, Reading]]:
         if each.here:
             places = [each.directory, each.command.program if each.command is not None else ""]
             seen = host.look(found.server, found.settings, each.user, places)
-        facts = Facts(
-            found.server, found.settings, found.failure, found.boot, seen, file=each.file, **(each.parts or {})
+        yield (
+            Facts(
+                found.server,
+                found.settings,
+                found.failure,
+                found.boot,
+                seen,
+                file=each.file,
+                environ=each.environ or {},
+                **(each.parts or {}),
+            ),
+            found,
         )
-        yield facts, found
 
 
 def _described(asked: Asked) -> Iterator[_Deployment]:

@@ -86,6 +86,8 @@ class Host:
     directories: Mapping[str, Directory] = field(default_factory=dict)
     #: For a path inside a release: (the release directory, the symlink that names it today or an empty text).
     releases: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    #: Paths that go by a symlink.
+    symlinked: frozenset[str] = frozenset()
     user: str = "root"
 
     def directory(self, path: str | None) -> Directory | None:
@@ -188,6 +190,8 @@ class Facts:
     workload: Workload | None = None
     service: Service | None = None
     image: Image | None = None
+    #: The variables that the deployment sets, as far as they are written out.
+    environ: Mapping[str, str] = field(default_factory=dict)
     #: The file that the deployment stands in.
     file: str = ""
 

@@ -33,8 +33,14 @@ def look(server: Server | None, settings: Settings | None, user: str | None, pla
     directories = {path: _directory(path, rights) for path in wanted}
     if state:
         directories[state] = _to_be_made(state, rights)
-    found = {path: _release(path) for path in places if os.path.isabs(path)}
-    return Host(directories, {path: each for path, each in found.items() if each[0]}, name)
+    absolute = [path for path in places if os.path.isabs(path)]
+    releases = {path: _release(path) for path in absolute}
+    return Host(
+        directories,
+        {path: each for path, each in releases.items() if each[0]},
+        frozenset(path for path in absolute if os.path.realpath(path) != os.path.normpath(path)),
+        name,
+    )
 
 
 class _Rights:

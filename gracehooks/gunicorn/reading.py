@@ -306,10 +306,28 @@ def _become(user: str | None) -> None:
         entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
     except KeyError:
         return  # not a user of this machine; whoever reads the finding is told what was tried
+    if not _may_import(entry.pw_uid, entry.pw_gid):
+        return  # this interpreter is root's own; the one of the deployment will be another
     os.initgroups(entry.pw_name, entry.pw_gid)
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
     os.environ.update(HOME=entry.pw_dir, USER=entry.pw_name, LOGNAME=entry.pw_name)
+
+
+def _may_import(uid: int, gid: int) -> bool:
+    """Whether the user can read this interpreter's library, gunicorn and us."""
+    import gunicorn
+
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(gid)
+    os.seteuid(uid)
+    try:
+        return all(os.access(path, os.R_OK, effective_ids=True) for path in (os.__file__, gunicorn.__file__, __file__))
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
 
 
 def _load(args: Sequence[str]) -> Any:

@@ -343,16 +343,53 @@ def release_resolved(facts: Facts) -> Iterator[Seen]:
         "WorkingDirectory": facts.unit.get("WorkingDirectory") if facts.unit else "",
         "directory": facts.program.values.get("directory", "") if facts.program else "",
         "chdir": server.chdir if server is not None and server.chdir != server.cwd else "",
-        "config": (server.config or "") if server is not None else "",
+        "config": _named_config(facts),
         "ExecStart" if facts.unit else "command": command.program if command is not None else "",
     }
     told = set()
     for where, path in places.items():
         directory, link = releases.get(path) or _by_name(path)
-        if directory and (where, directory) not in told:
-            told.add((where, directory))
+        if directory and directory not in told:
+            told.add(directory)
             rest = path.removeprefix(directory)
             yield seen(where, path, instead=f"{link}{rest}" if link else "it by the symlink, as in …/current" + rest)
+
+
+def _named_config(facts: Facts) -> str:
+    """The configuration file, unless it is simply the one of the start directory."""
+    server = facts.server
+    if server is None or not server.config or os.path.dirname(server.config) in ("", server.cwd):
+        return ""
+    return server.config
+
+
+@rule(
+    "start-directory-resolved",
+    finds="a start directory behind a symlink, of which gunicorn is only told the release that it names today",
+    happens="a supervisor changes to the directory and does not say by which name; gunicorn asks the kernel, and that answers "
+    "with the release: the upgrade starts the old code again, and says that it completed",
+    moment="at the first upgrade to the next release",
+    cure="{cure}",
+    source="measured; gunicorn/util.py, getcwd(), keeps a symlink where PWD names it, and systemd sets no PWD",
+)
+def start_directory_resolved(facts: Facts) -> Iterator[Seen]:
+    server, unit, program = facts.server, facts.unit, facts.program
+    if unit is not None:
+        where, path = "WorkingDirectory", unit.get("WorkingDirectory")
+        variable = f"Environment=PWD={path}"
+    elif program is not None:
+        where, path = "directory", program.values.get("directory", "")
+        variable = f'environment=PWD="{path}"'
+    else:
+        return
+    plain = os.path.normpath(path) if path else ""
+    symlinked = facts.host is not None and path in facts.host.symlinked
+    if not symlinked and not set(plain.split("/")) & {"current", "live"}:
+        return
+    told = os.path.normpath(facts.environ.get("PWD", ".")) == plain
+    chdir = server is not None and (os.path.normpath(server.chdir) == plain != server.cwd)
+    if not told and not chdir:
+        yield seen(where, path, cure=f"{variable}; or --chdir {path} and an absolute path after -c")
 
 
 def _by_name(path: str) -> tuple[str, str]:

@@ -147,6 +147,25 @@ def kill_signal(facts: Facts) -> Iterator[Seen]:
 
 
 @rule(
+    "systemd-stop-unwaited",
+    finds="no `ExecStop=` that runs `gracehooks stop`",
+    happens="the master that an upgrade brought is no child of systemd's, which does not wait for a stranger: right after its "
+    "TERM everything is killed, and requests and jobs in flight are lost",
+    moment="at the first `systemctl stop` or `restart` after an upgrade",
+    cure="ExecStop=-{stop}",
+    source="systemd's src/core/unit.c, unit_kill_context(): an alien main process is not waited for",
+)
+def stop_unwaited(facts: Facts) -> Iterator[Seen]:
+    unit = facts.unit
+    if unit is None or not _attached(facts) or unit.type not in NOTIFY:
+        return
+    commands = unit.lists.get("ExecStop", ())
+    if not any("gracehooks" in each and " stop" in each for each in commands):
+        says = "; ".join(commands) or "not set"
+        yield seen("ExecStop", says, stop=_upgrade(facts).replace(" upgrade ", " stop "))
+
+
+@rule(
     "systemd-stop-timeout",
     finds="a `TimeoutStopSec=` shorter than the stop budget, in a unit that cannot be asked for more time",
     happens="systemd kills the whole unit with SIGKILL: requests and jobs in flight are lost, and nothing is reported",
