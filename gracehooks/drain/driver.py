@@ -56,6 +56,8 @@ LAST_RESORT_REQUESTS = 0.7
 BOOTING = 0.3
 #: How long a hammered worker may take, in seconds.
 HAMMER = 0.4
+#: How long the worker's own thread has for it before the sentinel does it, in seconds.
+HAMMER_LATE = 0.15
 #: How long the interpreter's exit may wait for threads that nobody tracks, in seconds.
 THREADS_AT_EXIT = 0.3
 #: How often the sentinel beats in the worker's place while it drains, in seconds.
@@ -129,6 +131,8 @@ class Drain:
         self._abandoned: list[dict[str, Any]] = []
         self._callbacks_left: list[str] = []
         self._exiting_at: float | None = None
+        self._braced: Deadline | None = None
+        self._main = native("_thread", "get_ident")()
         self._beaten_at = 0.0
         self._last_resort = LastResort(descriptor)
         self._sentinel: Sentinel | None = None
@@ -256,9 +260,22 @@ class Drain:
             if self._sentinel is not None:
                 self._sentinel.wake()
 
+    def brace(self, reason: str) -> None:
+        """Record that the worker must leave at once; `hammer` follows, from its loop or else from the sentinel.
+
+        For the signal handlers of event loops, where `hammer` itself might have to wait for a lock.
+        """
+        self._last_resort.arm(Deadline.after(HAMMER + 0.05))
+        self.reason = self.reason or reason
+        self.leaving = True
+        if self._braced is None:
+            self._braced = Deadline.after(HAMMER_LATE)
+        if self._sentinel is not None:
+            self._sentinel.wake()
+
     def hammer(self, reason: str) -> int:
         """Leave at once: the report, and then at most HAMMER seconds for the exit hooks. Gives the exit code."""
-        end = Deadline.after(HAMMER)
+        end = Deadline.after(HAMMER) if self._braced is None else self._braced.plus(HAMMER - HAMMER_LATE)
         self._last_resort.arm(end.plus(0.05))
         self.hammered = self.leaving = True
         self.reason = self.reason or reason
@@ -331,7 +348,10 @@ class Drain:
 
     def _write(self, reason: str) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         frames = sys._current_frames()
-        found = {number: report.facts(request, handle, frames) for number, (request, handle) in self.running().items()}
+        found = {
+            number: report.facts(request, handle, frames, self._main)
+            for number, (request, handle) in self.running().items()
+        }
         # Connections whose request nobody has read have no name; each is a loss all the same.
         found.update({-number: dict(UNREAD) for number in range(1, self._unread + 1)})
         self.page.report = report.as_json(found.values(), self._abandoned, reason) if found or self._abandoned else ""
@@ -357,6 +377,14 @@ class Drain:
             return BEAT
         now = time.monotonic()
         phase = self.page.phase
+        if self._braced is not None and not self.hammered:
+            if self._braced.passed:
+                with self._lock:
+                    self._taken = True
+                self.hammer(self.reason)
+                self.host.last_words()
+                self._exit(1)
+            return self._braced.left()
         if phase is Phase.BOOTING:
             late = self._deadlines.told.plus(BOOTING)
             if late.passed:
@@ -400,9 +428,9 @@ class Drain:
                 return
             self._taken = True
         self.exit_code = 1
-        main = threading.main_thread().ident
+        main = self._main
         if not any(handle == main for _, handle in self.running().values()):  # else the report says where it stands
-            stuck = report.where_is_thread(main or 0).replace("\n", "\n    ")
+            stuck = report.where_is_thread(main).replace("\n", "\n    ")
             self.log.error("gracehooks: the main thread is stuck in phase %s, at:\n    %s", phase.name.lower(), stuck)
         if phase <= Phase.REQUESTS:
             if phase < Phase.ACCEPTING_ENDS:

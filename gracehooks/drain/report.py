@@ -41,18 +41,21 @@ _SERVERS = tuple(
 _LIBRARY = os.sep + "site-packages" + os.sep
 
 
-def facts(request: RequestInFlight, handle: object, frames: Mapping[int, FrameType]) -> dict[str, Any]:
-    """A request in flight as a report says it; `handle` is what runs it."""
+def facts(request: RequestInFlight, handle: object, frames: Mapping[int, FrameType], main: int = 0) -> dict[str, Any]:
+    """A request in flight as a report says it; `handle` is what runs it, `main` the thread of the event loop."""
     return {
         "method": request.method,
         "path": request.path,
         "age": round(request.age, 3),
-        "where": where(handle, frames),
+        "where": where(handle, frames, main),
     }
 
 
-def where(handle: object, frames: Mapping[int, FrameType] | None = None) -> str:
-    """Where a thread (its identifier), a greenlet or a task stands: one line a frame, innermost first; "" if unknown."""
+def where(handle: object, frames: Mapping[int, FrameType] | None = None, main: int = 0) -> str:
+    """Where a thread (its identifier), a greenlet or a task stands: one line a frame, innermost first; "" if unknown.
+
+    A greenlet that runs at this moment stands where the thread `main` does.
+    """
     if isinstance(handle, int):
         return where_is_thread(handle, frames)
     get_stack = getattr(handle, "get_stack", None)
@@ -62,8 +65,7 @@ def where(handle: object, frames: Mapping[int, FrameType] | None = None) -> str:
     if frame is not None:
         return _lines(_frames_of(frame))
     if handle is not None and hasattr(handle, "gr_frame"):
-        # A greenlet without a frame is the one that runs: it stands where the thread of its hub stands.
-        return where_is_thread(_main_thread(), frames)
+        return where_is_thread(main, frames)
     return ""
 
 
@@ -71,12 +73,6 @@ def where_is_thread(identifier: int, frames: Mapping[int, FrameType] | None = No
     """Where the thread stands, one line a frame, innermost first; "" when there is no such thread."""
     frame = (sys._current_frames() if frames is None else frames).get(identifier)
     return "" if frame is None else _lines(_frames_of(frame))
-
-
-def _main_thread() -> int:
-    import threading
-
-    return threading.main_thread().ident or 0
 
 
 def _frames_of(frame: FrameType | None) -> list[tuple[str, int, str]]:

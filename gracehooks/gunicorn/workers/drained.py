@@ -54,6 +54,8 @@ class Drained(Attached):
     max_requests: int
     PIPE: Any
 
+    #: gunicorn's hook for the signal that ends the worker now, where its own thread may be stuck before it runs it.
+    hook_before_exit: Any = None
     _alive = True
     _serving = False
     _recycle_at = sys.maxsize
@@ -104,7 +106,7 @@ class Drained(Attached):
         if self.loop_kind != "asyncio":
             jobs.start_services()
         try:
-            super().run()  # type: ignore[misc]
+            self.serve()
         except Leaving:
             pass
         self._serving = False
@@ -118,6 +120,10 @@ class Drained(Attached):
         except Exception:
             self.log.exception("gracehooks: the drain failed; its next phase begins")
         self.drain.finish()
+
+    def serve(self) -> None:
+        """gunicorn's own loop."""
+        super().run()  # type: ignore[misc]
 
     def drain_requests(self) -> None:
         """ACCEPTING_ENDS and REQUESTS: end them before `drain.deadline`, or return when it has passed."""
@@ -204,6 +210,8 @@ class Drained(Attached):
 
     def last_words(self) -> None:
         """What `spawn_worker` does last, in the place of a main thread that is stuck."""
+        if self.hook_before_exit is not None:
+            self.hook_before_exit(self)
         self.log.info("Worker exiting (pid: %s)", self.pid)
         try:
             self.cfg.worker_exit(self._server, self)
