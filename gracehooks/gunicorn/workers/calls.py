@@ -34,7 +34,7 @@ DEEPEST = 200
 
 @dataclass(frozen=True)
 class Call:
-    """A call that runs: its slot (-1 where the page had none left), its scope, what it receives from, and its task.
+    """A call that runs: its slot (-1 where the page had none left), what it was called with, and its task.
 
     `handle` is the task, or the main thread's identifier for the call that runs just now.
     """
@@ -42,6 +42,7 @@ class Call:
     slot: int
     scope: Scope
     receive: Any
+    send: Any
     handle: Any
 
     @property
@@ -132,13 +133,12 @@ class Calls:
                 yield _call(frame, task)
         # The task that runs at this moment shows its frames on the stack of the loop's thread only.
         main = threading.main_thread().ident or 0
-        if main != threading.get_ident():
-            frame = sys._current_frames().get(main)
-            while frame is not None:
-                if frame.f_code in self._codes:
-                    yield _call(frame, main)
-                    break
-                frame = frame.f_back
+        frame = sys._current_frames().get(main)
+        while frame is not None:
+            if frame.f_code in self._codes:
+                yield _call(frame, main)
+                break
+            frame = frame.f_back
 
     def _frame_of(self, task: Any) -> FrameType | None:
         awaited = task.get_coro()
@@ -169,4 +169,4 @@ class Calls:
 
 def _call(frame: FrameType, handle: Any) -> Call:
     names = frame.f_locals
-    return Call(names.get("slot", -1), names["scope"], names["receive"], handle)
+    return Call(names.get("slot", -1), names["scope"], names["receive"], names["send"], handle)
