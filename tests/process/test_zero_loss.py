@@ -30,36 +30,29 @@ def upgrade(server: Server) -> None:
 
 
 def footprint(server: Server) -> dict[str, list[int]]:
-    """Open descriptors (kinds and counts), size of the environment, and KiB of memory: master first, then workers."""
+    """Descriptors but for client connections, bytes of environment, KiB of memory: master first, then workers."""
     found: dict[str, list[int]] = {"descriptors": [], "environment": [], "memory": []}
     for pid in [server.pid, *server.workers()]:
-        links = []
+        ours = _sockets_of_ours(pid)
+        kept = 0
         for each in Path(f"/proc/{pid}/fd").iterdir():
             try:
-                links.append(os.readlink(each).split(":")[0])
+                link = os.readlink(each)
             except OSError:
                 continue  # closed while we looked
-        connections = _established(pid)
-        found["descriptors"].append(len(links) - connections)
+            kept += not link.startswith("socket:[") or link[8:-1] in ours
+        found["descriptors"].append(kept)
         found["environment"].append(len(Path(f"/proc/{pid}/environ").read_bytes()))
         rollup = Path(f"/proc/{pid}/status").read_text()
         found["memory"].append(int(rollup.split("VmRSS:")[1].split()[0]))
     return found
 
 
-def _established(pid: int) -> int:
-    """How many client connections the process holds."""
-    inodes = {
-        line.split()[9] for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:] if line.split()[3] != "0A"
-    }
-    held = 0
-    for each in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            link = os.readlink(each)
-        except OSError:
-            continue
-        held += link.startswith("socket:[") and link[8:-1] in inodes
-    return held
+def _sockets_of_ours(pid: int) -> set[str]:
+    """The inodes of unix sockets and of TCP sockets that listen: whatever else is a socket is a client's connection."""
+    unix = {line.split()[6] for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]}
+    tcp = (line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:])
+    return unix | {fields[9] for fields in tcp if fields[3] == "0A"}
 
 
 def test_successive_upgrades_under_mixed_load_lose_nothing_and_grow_nothing():
