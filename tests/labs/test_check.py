@@ -247,7 +247,7 @@ def test_a_trap_in_a_section_is_found(place, capsys, changes, codes):
 
 
 # -- Kubernetes -----------------------------------------------------------------------------------------------------
-DEPLOYMENT = list(yaml.safe_load_all((ROOT / "examples/kubernetes/deployment.yaml").read_text()))[0]
+DEPLOYMENT = next(yaml.safe_load_all((ROOT / "examples/kubernetes/deployment.yaml").read_text()))
 
 
 def manifest(place: Path, change) -> str:
