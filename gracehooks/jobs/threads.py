@@ -293,9 +293,11 @@ class Executor(concurrent.futures.Executor):
 
 
 def _make_call(job: Job[Any], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    work = job.work
+    if work.tracker.told and not work._told:
+        job.cancel()  # all are being told to stop, and this one has not begun
     if not job.set_running_or_notify_cancel():
         return
-    work = job.work
     tracker.mark.set(work)
     error: BaseException | None = None
     outcome = Outcome.SUCCEEDED

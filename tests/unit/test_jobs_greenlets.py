@@ -21,16 +21,20 @@ page = Page()
 found = jobs.install(page, Settings(), logging.getLogger("test.jobs"), loop_kind="gevent")
 seen = []
 
+go = threading.Event()
+
 def sleep(seconds):
+    go.wait(60)
     time.sleep(seconds)
 
 def nested():
+    go.wait(60)
     gevent.sleep(0.05)
 
 def work():
     seen.append(jobs.current())
     gevent.spawn(nested)
-    gevent.sleep(0.05)
+    go.wait(60)
 
 def fails():
     raise ValueError("said by gevent")
@@ -52,7 +56,7 @@ thread = threading.Thread(target=sleep, args=(0.1,), name="a thread")
 thread.start()
 killed = gevent.spawn(sleep, 3600)
 submitted = jobs.submit(sleep, 0.05)
-child = subprocess.Popen(["sh", "-c", "sleep 0.1; exit 3"])
+child = subprocess.Popen(["sh", "-c", "exit 3"])
 stuck = gevent.spawn(stubborn)
 requests.end(ticket)
 assert {("greenlet", "work"), ("thread", "a thread"), ("greenlet", "sleep"), ("thread", "sleep")} <= {
@@ -64,6 +68,7 @@ ticker = gevent.spawn(lambda: [(beats.append(1), gevent.sleep(0.02)) for _ in ra
 gevent.sleep(0.03)
 assert all("in sleep" in work.where() for work in jobs.active() if work.kind == "thread"), [
     work.where() for work in jobs.active()]
+go.set()
 lost = found.end(Deadline.after(1.5), 0.5)
 release.append(1)
 assert [(a.kind, a.name) for a in lost] == [("greenlet", "stubborn")], lost

@@ -258,15 +258,18 @@ def test_an_idle_thread_ends_and_a_new_one_takes_over(found: Tracker, monkeypatc
 
 def test_an_abandoned_job_tells_where_it_stood(found: Tracker) -> None:
     heard: list[Abandoned] = []
+    begun: list[int] = []
     release = threading.Event()
 
     @jobs.job(on_abandon=heard.append)
     def stubborn() -> None:
+        begun.append(1)
         release.wait(60)
 
     with request():
         jobs.submit(stubborn)
         threading.Thread(target=stubborn, name="a thread").start()
+    eventually(lambda: len(begun) == 2 and all("threading.py" in work.where() for work in jobs.active()))
     lost = end(found, 0.1, 0)
     release.set()
     assert [each.kind for each in lost] == ["thread", "thread"]
