@@ -269,7 +269,8 @@ class Grace:
         return pid
 
     def _close_in_worker(self) -> None:
-        """Run in a worker just after the fork: the channels are the master's alone."""
+        """Run in a worker just after the fork: the channels are the master's alone, and so is the word of its parent."""
+        os.environ.pop("GUNICORN_PID", None)  # gunicorn's master needs it until it is promoted, no application does
         fds: list[int] = []
         if self.successor is not None:
             fds += self.successor.descriptors()

@@ -3,7 +3,7 @@
 What must hold: everything that can be checked is checked before the fork; the child of the fork execs or ends, whatever
 happens, and never returns into the master's code; a rollback ends the whole successor tree. Until the successor has
 attached, its standard error runs through a pipe that this side copies on: its last line is the reason an operator needs.
-It relies on GUNICORN_PID, GUNICORN_FD, `Arbiter.START_CTX` and `cfg.env_orig` (tests/contract/test_reexec.py).
+It relies on GUNICORN_PID, GUNICORN_FD, `Arbiter.START_CTX`, `Chdir.default` and `cfg.env_orig` (tests/contract/test_reexec.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from gunicorn.config import Chdir
 
 from gracehooks import processes
 from gracehooks.errors import PreflightError
@@ -40,16 +42,12 @@ def command_line() -> list[str]:
 
 
 def start_directory(arbiter: Any) -> str:
-    """Where the successor starts: gunicorn's start directory, kept as a symbolic link.
+    """Where the successor starts: where this process did, kept as a symbolic link.
 
-    With `--chdir` the master stands elsewhere by now, and relative names on the command line mean the directory that
-    the shell was in.
+    With a `chdir`, on the command line or in the configuration file, the master stands elsewhere by now, and relative
+    names on the command line mean the directory that the shell was in: gunicorn's default for `chdir`, read at its import.
     """
-    chdir = any(each == "--chdir" or each.startswith("--chdir=") for each in sys.orig_argv)
-    origin = arbiter.cfg.env_orig.get("PWD", "")
-    if chdir and os.path.isdir(origin):
-        return str(origin)
-    return str(arbiter.START_CTX["cwd"])
+    return str(Chdir.default if Chdir.default != arbiter.cfg.chdir else arbiter.START_CTX["cwd"])
 
 
 def last_words(said: bytes) -> str:

@@ -97,7 +97,8 @@ class Driver:
         id = uuid.uuid4().hex[:12]
         try:
             if self.under_way or self.state is State.RETIRING:
-                raise PreflightError(f"an {self.last.get('kind', 'upgrade')} is under way ({self.state.value})")
+                kind = "a reload" if self.last.get("kind") == "reload" else "an upgrade"
+                raise PreflightError(f"{kind} is under way ({self.state.value})")
             if refusal:
                 raise PreflightError(refusal)
             host.preflight()
@@ -145,10 +146,16 @@ class Driver:
             return
         ready, workers = self._host.numbers()
         self.last["workers_ready"], self.last["workers"] = ready, workers
-        for fact in self._host.facts():
-            self._take(fact)
+        self._hear()
         if self._bound is not None and self._bound.passed:
             self._take(Fact(Happened.TIME_UP, self._late()))
+            self._hear()
+
+    def _hear(self) -> None:
+        """Take what has happened, and what the host answers at once to what is done about it."""
+        while self._host is not None and (facts := list(self._host.facts())):
+            for fact in facts:
+                self._take(fact)
 
     def _late(self) -> str:
         ready, workers = self._host.numbers() if self._host else (0, 0)

@@ -1,0 +1,281 @@
+"""What a new generation takes over, and how the command line may look: each works, or is refused before a fork."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.kit import Server, apps, eventually, load, serve
+from tests.kit.processes import alive
+
+
+def good_upgrade(server: Server) -> int:
+    """An upgrade that completes, until the old master has left; the new master's pid."""
+    master = server.pid
+    verdict = server.upgrade()
+    assert verdict["event"] == "UpgradeCompleted", verdict
+    server.wait_for("GenerationRetired", after=verdict["n"])
+    server.wait_gone(master)
+    assert server.pid == verdict["successor"] != master
+    return server.pid
+
+
+@contextmanager
+def watched(path: Path) -> Iterator[list[str]]:
+    """Every way in which the pidfile was wrong meanwhile: absent, empty, or naming a process that does not run."""
+    wrong: list[str] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            try:
+                pid = int(path.read_text())
+            except (OSError, ValueError) as error:
+                wrong.append(repr(error))
+            else:
+                # A master that has handed over may end between our two looks.
+                if not alive(pid) and path.read_text() == f"{pid}\n":
+                    wrong.append(f"{pid} does not run")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield wrong
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_pidfile_control_socket_generation_and_worker_count_are_handed_over():
+    app = apps.WSGI.replace('path == "/pid"', 'path == "/environ"').replace(
+        "str(os.getpid())", "' '.join(each for each in os.environ if each.startswith(('GUNICORN_', 'GRACEHOOKS_')))"
+    )
+    with serve(app=app) as server:
+        control = server.dir / "gunicorn.ctl"
+        has_control = eventually(
+            lambda: control.exists() or "gunicorn 23" in server.log() or "gunicorn 24" in server.log()
+        )
+        assert has_control
+        server.signal("TTIN")
+        eventually(lambda: len(server.workers()) == 3)
+        with watched(server.pidfile) as wrong, load(server, clients=4) as traffic:
+            for generation in (2, 3):
+                good_upgrade(server)
+                assert len(server.workers()) == 3
+                eventually(lambda g=generation: server.status()["generation"] == g)
+            # A rollback must not touch it either.
+            server.write("app.py", "raise RuntimeError('no')")
+            assert server.upgrade()["event"] == "UpgradeRolledBack"
+            server.write("app.py", app)
+            traffic.wait(20)
+        assert not wrong, wrong[:5]
+        assert not traffic.lost, traffic.table()
+        assert server.get("/environ").text == ""  # nothing of the handover leaks into the application
+        if control.exists():
+            with socket.socket(socket.AF_UNIX) as connection:
+                eventually(lambda: connection.connect_ex(str(control)) in (0, 106), what="the control socket answers")
+        assert not Path(f"{server.pidfile}.2").exists()
+        # TTOU below what the file says, too.
+        server.signal("TTOU")
+        server.signal("TTOU")
+        eventually(lambda: len(server.workers()) == 1)
+        good_upgrade(server)
+        assert len(server.workers()) == 1
+        assert server.stop() == 0
+        assert not control.exists()
+
+
+def test_a_unix_socket_is_never_unlinked_on_the_way():
+    with serve(bind="unix") as server:
+        path = Path(server.address.path)
+        inode = path.stat().st_ino
+        missing: list[float] = []
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.is_set():
+                if not path.exists():
+                    missing.append(time.monotonic())
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        with load(server, clients=4) as traffic:
+            good_upgrade(server)
+            server.write("app.py", "raise RuntimeError('no')")
+            assert server.upgrade()["event"] == "UpgradeRolledBack"
+            server.write("app.py", apps.WSGI)
+            assert server.reload()["event"] == "UpgradeCompleted"
+            good_upgrade(server)
+            traffic.wait(20)
+        ended.set()
+        thread.join()
+        assert not missing
+        assert path.stat().st_ino == inode
+        assert not traffic.lost, traffic.table()
+        assert server.stop() == 0
+        assert not path.exists()
+
+
+def test_several_binds_with_ipv6_under_python_m_gunicorn():
+    with serve(module=True, bind="tcp6", config="bind = [bind, 'unix:second.sock', '127.0.0.1:0']\n") as server:
+        with load(server, clients=4) as traffic:
+            good_upgrade(server)
+            good_upgrade(server)
+            traffic.wait(20)
+        assert not traffic.lost, traffic.table()
+        port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", server.log())[-1])
+        for family, address in (
+            (socket.AF_INET, ("127.0.0.1", port)),
+            (socket.AF_UNIX, str(server.dir / "second.sock")),
+        ):
+            with socket.socket(family) as connection:
+                connection.settimeout(30)
+                connection.connect(address)
+                connection.sendall(b"GET /fast HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert server.stop() == 0
+        assert not (server.dir / "second.sock").exists()
+
+
+def test_a_symlinked_working_directory_is_resolved_anew(tmp_path: Path):
+    for number in ("1", "2"):
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "app.py").write_text(apps.WSGI)
+        (tmp_path / number / "version.txt").write_text(number)
+    current = tmp_path / "current"
+    current.symlink_to("1")
+    start = f"d=$PWD; cd {current} && exec gunicorn -c $d/gunicorn.conf.py app:app"
+    with serve(command=["/bin/sh", "-c", with_path(start)]) as server, load(server, clients=2) as traffic:
+        assert server.get("/version").text == "1"
+        (tmp_path / "next").symlink_to("2")
+        (tmp_path / "next").rename(current)
+        good_upgrade(server)
+        assert server.get("/version").text == "2"
+        traffic.wait(20)
+    assert not traffic.lost, traffic.table()
+
+
+def with_path(command: str) -> str:
+    import sys
+
+    return f'PATH="{Path(sys.executable).parent}:$PATH"; export PATH; ' + command
+
+
+def test_chdir_and_relative_names(tmp_path: Path):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "app.py").write_text(apps.WSGI)
+    (tmp_path / "app" / "version.txt").write_text("1")
+    with serve(args=["--chdir", str(tmp_path / "app")]) as server:
+        assert server.get("/version").text == "1"
+        (tmp_path / "app" / "version.txt").write_text("2")
+        good_upgrade(server)
+        assert server.get("/version").text == "2"
+        good_upgrade(server)
+
+
+def test_a_configuration_that_is_a_module():
+    command = ["/bin/sh", "-c", with_path("cp gunicorn.conf.py my_conf.py; exec gunicorn -c python:my_conf app:app")]
+    with serve(command=command) as server:
+        good_upgrade(server)
+        (server.dir / "my_conf.py").write_text("raise RuntimeError('my luck')")
+        assert "my luck" in server.upgrade()["reason"]
+
+
+def test_reuse_port_is_refused_with_the_cure():
+    with serve(config="reuse_port = True\n") as server:
+        before = set(server.processes())
+        verdict = server.upgrade()
+        assert verdict["event"] == "UpgradeRefused"
+        assert "remove --reuse-port" in verdict["reason"]
+        assert set(server.processes()) == before
+        assert server.get("/fast").status == 200
+        assert server.history()[-1]["outcome"] == "refused"
+
+
+def test_a_daemon():
+    with serve(args=["--daemon", "--error-logfile", "server.log"]) as server, load(server, clients=2) as traffic:
+        first = server.pid
+        second = good_upgrade(server)
+        good_upgrade(server)
+        assert not alive(first)
+        assert not alive(second)
+        traffic.wait(20)
+        last = server.pid
+    assert not alive(last)
+    assert not traffic.lost, traffic.table()
+
+
+def test_a_second_upgrade_and_one_of_a_successor_are_refused():
+    with serve(config="gracehooks.configure(probation=1.5)\n") as server:
+        mark = server.mark()
+        server.signal("USR2")
+        started = server.wait_for("UpgradeStarted")
+        server.wait_for("ProbationStarted")
+        server.signal("USR2")
+        assert "under way" in server.wait_for("UpgradeRefused", after=mark)["reason"]
+        server.signal("USR2", started["successor"])
+        refused = server.wait_for("UpgradeRefused", after=mark, pid=started["successor"])
+        assert "verified" in refused["reason"]
+        server.signal("HUP")
+        server.wait_for("UpgradeRefused", kind="reload")
+        assert server.wait_for("UpgradeCompleted", after=mark)["id"] == started["id"]
+
+
+def test_several_old_generations_may_drain_up_to_the_limit():
+    config = "gracehooks.configure(max_generations=2, drain_timeout=60)\n"
+    app = apps.WSGI.replace(
+        'if path == "/sleep"',
+        """if path == "/wait":
+        (HERE / ("begun-" + query["n"])).touch()
+        while not (HERE / "go").exists():
+            time.sleep(0.02)
+    elif path == "/sleep\"""",
+    )
+    with serve(app=app, config=config) as server:
+        answers: list[int] = []
+        threads = []
+        for number in range(2):
+            each = threading.Thread(
+                target=lambda n=number: answers.append(server.get(f"/wait?n={n}").status), daemon=True
+            )
+            each.start()
+            threads.append(each)
+            eventually((server.dir / f"begun-{number}").exists)
+            verdict = server.upgrade()
+            assert verdict["event"] == "UpgradeCompleted", verdict
+            server.wait_for("MasterPromoted", pid=verdict["successor"])
+        verdict = server.upgrade()
+        assert verdict["event"] == "UpgradeRefused", verdict
+        assert "2 older generations" in verdict["reason"]
+        assert len(server.status()["draining"]) == 2
+        (server.dir / "go").touch()
+        for each in threads:
+            each.join(60)
+        assert answers == [200, 200]
+        eventually(lambda: not server.status()["draining"])
+        good_upgrade(server)
+        lost = [each["lost"] for each in server.history() if each["outcome"] == "completed"]
+        assert lost == [{"requests": [], "jobs": []}] * 3
+
+
+def test_the_users_hooks_still_run():
+    hooks = """
+        def on_starting(server): server.log.info("their on_starting")
+        def when_ready(server): server.log.info("their when_ready")
+        def child_exit(server, worker): server.log.info("their child_exit")
+        def on_exit(server): server.log.info("their on_exit")
+        def on_reload(server): server.log.info("their on_reload")
+        worker_class = "gracehooks.Worker"
+    """
+    with serve(config=hooks) as server:
+        assert server.reload()["event"] == "UpgradeCompleted"
+        good_upgrade(server)
+        assert server.stop() == 0
+        log = server.log()
+        for each, times in (("on_starting", 2), ("when_ready", 2), ("child_exit", 6), ("on_exit", 2), ("on_reload", 1)):
+            assert log.count(f"their {each}") == times, each
