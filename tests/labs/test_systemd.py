@@ -221,3 +221,25 @@ def test_a_master_that_hangs_is_replaced_by_the_watchdog(site: Site) -> None:
     eventually(lambda: site.show("NRestarts")["NRestarts"] == "1", what="the watchdog's restart")
     eventually(lambda: site.show("ActiveState")["ActiveState"] == "active", what="the new start")
     assert site.get("/fast") == b"ok"
+
+
+@pytest.mark.parametrize("site", ["bind"], indirect=True)
+def test_an_old_master_that_serves_again_is_followed_again(site: Site) -> None:
+    machine = site.machine
+    machine.do("start", "gunicorn.service")
+    first = site.main
+    with site.address.connect() as slow:  # holds the old generation back
+        slow.sendall(b"POST /upload HTTP/1.0\r\nContent-Length: 2\r\n\r\n1")
+        eventually(lambda: any(each["requests"] for each in site.status["workers"]), what="the request in flight")
+        assert machine.run(GRACEHOOKS, "upgrade", "--pid", str(first)).returncode == 0
+        second = site.main
+        assert second != first
+        assert machine.run("kill", "-KILL", str(second)).returncode == 0
+        eventually(lambda: site.main == first, what="systemd follows the old master again")
+        slow.sendall(b"2")
+        assert slow.recv(65536).startswith(b"HTTP/1.0 200")
+    assert site.get("/fast") == b"ok"
+    assert site.show("NRestarts", "ActiveState") == {"NRestarts": "0", "ActiveState": "active"}
+    site.text_becomes("^Generation 1 serves.*taken back")
+    machine.do("stop", "gunicorn.service")
+    assert site.show("Result")["Result"] == "success"
