@@ -125,7 +125,6 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         self.protocol_class: type[Protocol] = Protocol
         #: Protocols made for connections that were accepted, until somebody has let go of them.
         self.born: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._side: Connections | None = None
         self._application: Any = None
 
     # -- starting ----------------------------------------------------------------------------------------------------
@@ -181,17 +180,12 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
     def begin_leaving(self) -> Connections:
         """Change the open connections, and those that come."""
         self.protocol_class = Leaving
-        self._side = Connections(self)
-        return self._side
+        return Connections(self)
 
     def stop_listening(self) -> None:
         """Close the listeners."""
         for each in self.servers:
             each.close()
-
-    def unsent(self) -> list[tuple[str, str]]:
-        """The answers that are in the loop's buffers."""
-        return self._side.unsent() if self._side is not None else []
 
     async def _finish(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """A call has ended that was told of the drain; see that its answer ends as well."""

@@ -75,6 +75,9 @@ class Side(Protocol):
     def settle(self) -> None:
         """Give what goes on after its answer over to the jobs."""
 
+    def unsent(self) -> list[tuple[str, str]]:
+        """Method and path of the answers that their applications have given and that have not left this process."""
+
 
 def spread(count: int, window: float, chance: Callable[[], float] = random.random) -> list[float]:
     """The moments, in seconds from now, at which `count` WebSockets are closed: even steps, each with its jitter."""

@@ -18,18 +18,18 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from gracehooks import jobs
 from gracehooks.drain import cleanup
 from gracehooks.gunicorn.workers import ready
 from gracehooks.gunicorn.workers.calls import Application, Calls
-from gracehooks.gunicorn.workers.departure import Side, depart
+from gracehooks.gunicorn.workers.departure import Side, State, depart
 from gracehooks.gunicorn.workers.drained import Drained
 from gracehooks.gunicorn.workers.farewell import CLOSING, Farewell
 from gracehooks.jobs import tasks
-from gracehooks.scoreboard import Phase
+from gracehooks.scoreboard import RequestInFlight
 
 __all__ = ["LoopWorker", "PlainSignals", "ServerLoop", "final_line"]
 
@@ -73,36 +73,6 @@ class ServerLoop:
         return getattr(self._loop, name)
 
 
-class InFlight(Mapping[int, Any]):
-    """The requests in flight, looked up when a report asks: counting them costs the request path as little as it can."""
-
-    def __init__(self, worker: LoopWorker) -> None:
-        self._worker = worker
-
-    def __len__(self) -> int:
-        return self._worker.page.in_flight + len(self._worker.unsent())
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(dict(self.items()))
-
-    def __getitem__(self, number: int) -> Any:
-        return dict(self.items())[number]
-
-    def items(self) -> Any:
-        """Each as the drain keeps them: ticket, method, path, start, and what runs it."""
-        found = {
-            number: (None, request.method, request.path, request.started, handle)
-            for number, (request, handle) in self._worker.calls.in_flight(self._worker.event_loop).items()
-        }
-        for number, (method, path) in enumerate((*self._worker.cut, *self._worker.unsent()), 1):
-            found[-(1 << 62) - number] = (None, method, path, time.monotonic(), None)
-        return found.items()
-
-    def values(self) -> Any:
-        """See `items`."""
-        return dict(self.items()).values()
-
-
 class LoopWorker(Drained):
     """A mixin, to be put before a stock class that serves in an event loop."""
 
@@ -113,6 +83,8 @@ class LoopWorker(Drained):
 
     event_loop: asyncio.AbstractEventLoop
     _woken: asyncio.Event | None = None
+    _ending: tuple[str, Any] | None = None
+    _side: Side | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -153,16 +125,12 @@ class LoopWorker(Drained):
         """Close the listeners of this process."""
         raise NotImplementedError
 
-    def unsent(self) -> list[tuple[str, str]]:
-        """Method and path of the answers that were given to the loop and have not left it yet."""
-        return []
-
     # -- the life of the worker ----------------------------------------------------------------------------------------
     def run(self) -> None:
         """Boot, serve, leave; returns when the worker may exit."""
         loop = self.event_loop = self.make_loop()
         self._woken = asyncio.Event()
-        self.drain._in_flight = InFlight(self)  # type: ignore[assignment]
+        self.drain.account = self._account
         asyncio.set_event_loop(loop)
         try:
             loop.run_until_complete(self._live())
@@ -193,30 +161,22 @@ class LoopWorker(Drained):
                 self.notify()
                 await self.tick()
         self._serving = False
-        if self.page.phase is not Phase.ENDED:
-            await self._leave()
+        await self._leave()
 
     async def _leave(self) -> None:
         drain = self.drain
+        if self._ending is not None:
+            self._end_now(*self._ending)
         drain.accepting_ends()
-        side = self.begin_leaving()
+        side = self._side = self.begin_leaving()
         if drain.final:
             await self._accept_what_waits()
         self.stop_listening()
         for _ in range(5):
             await asyncio.sleep(0)  # what was accepted just now gets its protocol in the next turns of the loop
         deadline = drain.accepting_ended()
-        await depart(side, deadline, self.settings.drain_timeout, lambda used: drain.linger(used=used), self._step)
+        await depart(side, deadline, self.settings.drain_timeout, lambda used: drain.linger(used=used), self._pause)
         await drain.finish_async()
-
-    async def _step(self, seconds: float) -> None:
-        await self._pause(seconds)
-        if self.page.phase is Phase.ENDED:
-            raise SystemExit(self.drain.exit_code)  # hammered, and the application has swallowed it
-        await self.tick_leaving()
-
-    async def tick_leaving(self) -> None:
-        """What the server does now and then while it leaves."""
 
     async def _accept_what_waits(self) -> None:
         """Nobody else will accept: let the loop do it until no connection waits at any listener."""
@@ -239,6 +199,8 @@ class LoopWorker(Drained):
         finally:
             timer.cancel()
         woken.clear()
+        if self._ending is not None:
+            self._end_now(*self._ending)
 
     def wake(self) -> None:
         """Wake the loop; from a signal handler or any thread."""
@@ -249,11 +211,55 @@ class LoopWorker(Drained):
             except RuntimeError:
                 pass  # it is closed: nobody waits any more
 
-    def _end_now(self, reason: str, hook: Any) -> None:
-        try:
-            super()._end_now(reason, hook)
-        finally:
-            self.wake()  # an application may swallow the SystemExit that is on its way
+    def unread(self) -> int:
+        """How many connections have begun to send a request that was not read to its end."""
+        side = self._side
+        if side is None:
+            return 0
+        return sum(1 for each in list(side.connections()) if side.state(each) is State.READING)
+
+    def _account(self) -> dict[int, tuple[RequestInFlight, object]]:
+        """The requests in flight and the answers that were cut; looked up when a report asks, not kept on the way."""
+        found: dict[int, tuple[RequestInFlight, object]] = {**self.calls.in_flight(self.event_loop)}
+        now = time.monotonic()
+        for number, (method, path) in enumerate(
+            (*self.cut, *(self._side.unsent() if self._side is not None else ())), 1
+        ):
+            found[-(1 << 62) - number] = (RequestInFlight(method, path, now), None)
+        return found
+
+    @property
+    def alive(self) -> bool:
+        """gunicorn's own flag, which its protocols take for "no answer may be the last": it stays up while connections leave.
+
+        What clears it while the worker serves (a hook, the reloader) begins the drain.
+        """
+        return self._alive
+
+    @alive.setter
+    def alive(self, alive: bool) -> None:
+        if alive or not self._serving:
+            self._alive = alive
+        else:
+            self.drain.told("the worker was asked to stop")
+
+    # -- signals -----------------------------------------------------------------------------------------------------
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """The hammer. An exit raised here would end in whatever callback runs just now: the loop's own coroutine does it."""
+        del frame
+        self._brace(signal.Signals(sig).name, self.cfg.worker_int)
+
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """The same with gunicorn's `worker_abort` hook."""
+        del sig, frame
+        self.drain.exit_code = 1
+        self._brace("WORKER TIMEOUT", self.cfg.worker_abort)
+
+    def _brace(self, reason: str, hook: Any) -> None:
+        self.drain.brace(reason)
+        self.hook_before_exit = hook
+        self._ending = (reason, hook)
+        self.wake()
 
     @property
     def should_exit(self) -> bool:
@@ -264,7 +270,7 @@ class LoopWorker(Drained):
     def _end_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cancel what still runs and close the loop; bounded, whatever a task does."""
         try:
-            if self.page.phase is not Phase.ENDED or not self.drain.deadline.passed:
+            if not self.drain.hammered:
                 loop.run_until_complete(_end_tasks(loop))
         except (Exception, asyncio.CancelledError):
             self.log.exception("gracehooks: the tasks of the worker could not be ended")

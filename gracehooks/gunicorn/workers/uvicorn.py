@@ -57,7 +57,6 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
         self.config.callback_notify = None
         self.config.limit_max_requests = None
         self.server: Any = None
-        self._side: Connections | None = None
         #: Protocols made for connections that were accepted, until somebody has let go of them.
         self.born: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -123,20 +122,12 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
         """Change the open connections, and those that come."""
         # What other libraries have put in the place of this method (sse-starlette does) must learn of the end.
         self.server.handle_exit(signal.SIGTERM, None)
-        self._side = Connections(self)
-        return self._side
-
-    async def tick_leaving(self) -> None:
-        """Nothing: the date of the last answers is that of the moment at which the worker was told."""
+        return Connections(self)
 
     def stop_listening(self) -> None:
         """Close the listeners."""
         for each in self.server.servers:
             each.close()
-
-    def unsent(self) -> list[tuple[str, str]]:
-        """The answers that are in the loop's buffers."""
-        return self._side.unsent() if self._side is not None else []
 
     async def _finish(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """A call has ended that was told of the drain; see that its answer ends as well."""
