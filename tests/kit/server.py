@@ -19,7 +19,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,27 +132,66 @@ class Server:
         self,
         directory: Path,
         address: Address,
-        process: subprocess.Popen[bytes],
+        command: Sequence[str],
+        cwd: Path,
         python: str,
         environment: dict[str, str],
         config_head: str,
     ) -> None:
         self.environment = environment
         self._config_head = config_head
+        self._command = list(command)
+        self._cwd = cwd
         self.dir = directory
         self.address = address
         self.port = address.port
-        self.process = process
         self.python = python
         self.exit_codes: dict[int, int] = {}
         self.clean = False
-        self._sessions = {process.pid}
+        self._sessions: set[int] = set()
+        self.process = self._spawn()
         self._events: list[dict[str, Any]] = []
         self._read = 0
         self._kept_log: str | None = None
         self._closed = threading.Event()
         self._reaper = threading.Thread(target=self._reap, name="reaper", daemon=True)
         self._reaper.start()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        with open(self.dir / "server.log", "ab") as log:
+            process = subprocess.Popen(
+                self._command,
+                cwd=self._cwd,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._sessions.add(process.pid)
+        return process
+
+    def start_again(self, answers: str | None = "/") -> None:
+        """Start the same command once more, after a stop: what a deploy without upgrades does."""
+        assert self.process.poll() is not None, "it still runs"
+        self.process = self._spawn()
+        if answers is not None:
+            self.wait_until_it_answers(answers)
+
+    def wait_until_it_answers(self, path: str = "/") -> None:
+        """Wait until the server answers `path` with less than 500; StartFailed where it ends instead."""
+        daemon = "--daemon" in self._command or "-D" in self._command
+
+        def answers() -> bool:
+            code = self.process.poll()
+            if code is not None and not (daemon and code == 0):
+                raise StartFailed(code, self.log())
+            try:
+                return self.get(path, timeout=30).status < 500 and self._pidfile() > 0
+            except (OSError, http.client.HTTPException):
+                return False
+
+        eventually(answers, 60.0, "the first answer of the server")
 
     # -- processes -----------------------------------------------------------------------------------------------
     def _reap(self) -> None:
@@ -373,7 +412,7 @@ def _environment(pid: int) -> bytes:
         return b""
 
 
-def _hold_port(family: int, host: str) -> socket.socket:
+def hold_port(family: int, host: str) -> socket.socket:
     """A bound socket that never listens: the kernel gives its port to nobody who asks for any, and gunicorn may bind it."""
     held = socket.socket(family)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -398,6 +437,8 @@ def serve(
     target: str = "app:app",
     answers: str | None = "/",
     command: Sequence[str] | None = None,
+    cwd: str = "",
+    prepare: Callable[[Path], object] | None = None,
     leftovers: bool = False,
 ) -> Iterator[Server]:
     """A real gunicorn, serving.
@@ -405,8 +446,10 @@ def serve(
     `app` is a source for app.py (by default the catalogue's, WSGI or ASGI as `worker` needs it); `config` is appended to
     the kit's own configuration, so it may use and change what stands there (`bind`, `gracehooks`). `module` starts it as
     `python -m gunicorn`. `bind` is "tcp", "tcp6" or "unix". `answers` is the path that must answer below 500 before the
-    block begins; None does not wait. `command` replaces the whole command line (`{config}`, `{target}` and
-    `{address}` stand for the file, the application and where to listen). `leftovers` allows processes to outlive a clean stop (they are killed all the same).
+    block begins; None does not wait. `command` replaces the whole command line (`{config}`, `{target}`, `{address}` and
+    `{directory}` stand for the file, the application, where to listen, and the server's directory). `cwd` is where it is
+    started, below its directory, and may go through a symbolic link; `prepare` makes what must be there before.
+    `leftovers` allows processes to outlive a clean stop (they are killed all the same).
     """
     processes.be_subreaper()
     directory = Path(tempfile.mkdtemp(prefix="gracekit-")).resolve()
@@ -415,7 +458,7 @@ def serve(
         address = Address("unix", path=str(directory / "gunicorn.sock"))
     else:
         family, host = (socket.AF_INET6, "::1") if bind == "tcp6" else (socket.AF_INET, "127.0.0.1")
-        held = _hold_port(family, host)
+        held = hold_port(family, host)
         address = Address("tcp6" if bind == "tcp6" else "tcp", host, held.getsockname()[1])
     name = worker or ""
     asynchronous = any(part in name.lower() for part in ("asgi", "uvicorn"))
@@ -439,7 +482,8 @@ def serve(
         start = [python, "-m", "gunicorn"] if module or not script.exists() else [python, str(script)]
         command = [*start, "-c", "gunicorn.conf.py", *args, target]
     else:
-        command = [part.format(config="gunicorn.conf.py", target=target, address=address) for part in command]
+        places = {"config": "gunicorn.conf.py", "target": target, "address": address, "directory": directory}
+        command = [part.format(**places) for part in command]
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("GRACEHOOKS_", "GUNICORN_"))},
         "PYTHONDONTWRITEBYTECODE": "1",  # a release of the same second and size would run from the old cache
@@ -451,22 +495,17 @@ def serve(
     }
     for private in ("run", "tmp"):
         (directory / private).mkdir(mode=0o700)
-    with open(directory / "server.log", "ab") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=directory,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    server = Server(directory, address, process, python, environment, head)
+    where = directory / cwd
+    if cwd:
+        environment["PWD"] = str(where)  # as a shell that went there has it: gunicorn keeps the link by it
+    if prepare is not None:
+        prepare(directory)
+    server = Server(directory, address, command, where, python, environment, head)
     recent.append(server)
     failed = True
     try:
         if answers is not None:
-            _wait_until_it_answers(server, answers, daemon="--daemon" in command or "-D" in command)
+            server.wait_until_it_answers(answers)
         yield server
         failed = False
     finally:
@@ -478,16 +517,3 @@ def serve(
             shutil.rmtree(directory, ignore_errors=True)
     if left and not failed and not leftovers:
         raise AssertionError(f"a clean stop left processes behind: {left}")
-
-
-def _wait_until_it_answers(server: Server, path: str, *, daemon: bool) -> None:
-    def answers() -> bool:
-        code = server.process.poll()
-        if code is not None and not (daemon and code == 0):
-            raise StartFailed(code, server.log())
-        try:
-            return server.get(path, timeout=30).status < 500 and server._pidfile() > 0
-        except (OSError, http.client.HTTPException):
-            return False
-
-    eventually(answers, 60.0, "the first answer of the server")
