@@ -24,9 +24,7 @@ def read(path: Path, name: str | None = None) -> Program:
 
 def parse(text: str, name: str | None = None, here: str = ".") -> Program:
     """The program in the text. Raises NoSuchProgram, and configparser.Error for what is no such file."""
-    parser = configparser.RawConfigParser(
-        strict=False, inline_comment_prefixes=(" ;", "\t;"), comment_prefixes=("#", ";")
-    )
+    parser = configparser.RawConfigParser(strict=False, inline_comment_prefixes=(";",), comment_prefixes=("#", ";"))
     parser.read_string(text)
     programs = {
         section.partition(":")[2].strip(): dict(parser.items(section))

@@ -65,7 +65,6 @@ class Server:
     worker_tmp_dir: str | None = None
     user: int = 0
     group: int = 0
-    dirty_apps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -412,7 +411,6 @@ def _described(application: Any) -> tuple[dict[str, Any], type | None]:
                     "group",
                 )
             },
-            dirty_apps=tuple(cfg.dirty_apps or ()) if "dirty_apps" in cfg.settings else (),
         )
     )
     try:
@@ -512,8 +510,7 @@ def _as_lame_duck(ask: Callable[[str], str], probes: Sequence[str]) -> dict[str,
     """Whether the paths say no in a lame duck; this process ends next, so the module's own state may be replaced."""
     if not probes:
         return {}
-    readiness = importlib.import_module("gracehooks.readiness")
-    readiness.state = lambda: "lame_duck"
+    vars(importlib.import_module("gracehooks.readiness"))["state"] = lambda: "lame_duck"
     return {each: bool(ask(each)) for each in probes}
 
 

@@ -165,11 +165,11 @@ def timeout_zero(facts: Facts) -> Iterator[Seen]:
 @rule(
     "timeout-cuts-requests",
     finds="a sync worker whose `timeout` is shorter than `drain_timeout`",
-    happens="a sync worker has no heartbeat while it answers: a request that takes longer than {timeout} s is killed with "
-    "its worker, although the drain would let it have {drain} s",
-    moment="{timeout} s after such a request began",
+    happens="a sync worker has no heartbeat while it answers: a request that takes longer than {timeout} s is ended with its "
+    "worker; only one that a drain meets gets the {drain} s",
+    moment="{timeout} s after such a request began, at any time but in a drain",
     cure='timeout = {needed} or more, or worker_class = "gracehooks.Worker", whose heartbeat does not depend on requests',
-    source="gunicorn's settings, timeout; gunicorn/workers/sync.py",
+    source="measured; gunicorn's settings, timeout",
     page=f"{TIMEOUTS}#the-servers-own-timeouts",
 )
 def timeout_cuts_requests(facts: Facts) -> Iterator[Seen]:
@@ -449,19 +449,6 @@ def worker_tmp_missing(facts: Facts) -> Iterator[Seen]:
     found = facts.host.directory(path) if facts.host is not None else None
     if path is not None and found is not None and not found.exists:
         yield seen("worker_tmp_dir", path, directory=path)
-
-
-@rule(
-    "dirty-apps",
-    finds="`dirty_apps`, gunicorn's own pool for long work",
-    happens="gracehooks does not know its actions: they are not waited for and not reported",
-    moment="at a stop or an upgrade, 0.1 s after it began",
-    cure="run the work as gracehooks jobs (`jobs.submit`), or hand it to a queue",
-    source="measured on gunicorn 27.0.1",
-)
-def dirty_apps(facts: Facts) -> Iterator[Seen]:
-    if facts.server is not None and facts.server.dirty_apps:
-        yield seen("dirty_apps", ", ".join(facts.server.dirty_apps))
 
 
 @rule(

@@ -10,6 +10,7 @@ from gracehooks.check.rules import Seen, rule, seen
 from gracehooks.check.units import INFINITY, managed_directories, span
 
 PAGE = "docs/how-to/timeouts.md#systemd"
+UNIT = "docs/how-to/systemd.md"
 #: systemd's own defaults (systemd-system.conf(5)).
 DEFAULT_TIMEOUT = 90.0
 NOTIFY = ("notify", "notify-reload")
@@ -38,6 +39,7 @@ def _notifies(unit: Unit) -> bool:
     moment="{moment}",
     cure="Type=notify (or notify-reload from systemd 253 on) and NotifyAccess=all",
     source="systemd.service(5), Type= and NotifyAccess=",
+    page=UNIT,
 )
 def type_(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
@@ -79,6 +81,7 @@ def type_(facts: Facts) -> Iterator[Seen]:
     moment="after an upgrade in which a master died",
     cure="NotifyAccess=all",
     source="systemd.service(5), NotifyAccess=; MAINPID= by itself is also accepted from the main process",
+    page=UNIT,
 )
 def notify_access(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
@@ -94,6 +97,7 @@ def notify_access(facts: Facts) -> Iterator[Seen]:
     moment="{moment}",
     cure="KillMode=mixed",
     source="systemd.kill(5), KillMode=",
+    page=UNIT,
 )
 def kill_mode(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
@@ -154,6 +158,7 @@ def kill_signal(facts: Facts) -> Iterator[Seen]:
     moment="at the first `systemctl stop` or `restart` after an upgrade",
     cure="ExecStop=-{stop}",
     source="systemd's src/core/unit.c, unit_kill_context(): an alien main process is not waited for",
+    page=UNIT,
 )
 def stop_unwaited(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
@@ -215,6 +220,7 @@ def _attached(facts: Facts) -> bool:
     moment="at the next release",
     cure="ExecReload={upgrade}",
     source="systemd.service(5), ExecReload= and Type=notify-reload",
+    page=UNIT,
 )
 def reload_missing(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
@@ -237,6 +243,7 @@ def _upgrade(facts: Facts) -> str:
     moment="at each `systemctl reload`",
     cure="ExecReload={upgrade}",
     source="systemd.service(5), ExecReload=: «usually not a good choice, because this is an asynchronous operation»",
+    page=UNIT,
 )
 def reload_blind(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
@@ -257,6 +264,7 @@ def reload_blind(facts: Facts) -> Iterator[Seen]:
     moment="when the master is killed (the OOM killer, a crash in C code)",
     cure="Restart=on-failure (or always)",
     source="systemd.service(5), Restart=: no is the default",
+    page=UNIT,
 )
 def restart(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
@@ -271,6 +279,7 @@ def restart(facts: Facts) -> Iterator[Seen]:
     moment="when the kernel's OOM killer takes a worker or a job's child process",
     cure="OOMPolicy=continue",
     source="systemd.service(5), OOMPolicy=: DefaultOOMPolicy= is stop",
+    page=UNIT,
 )
 def oom_policy(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
