@@ -55,7 +55,9 @@ LAST_RESORT_REQUESTS = 0.7
 #: How long a worker that was told to leave while it booted may take, in seconds; nothing can be lost yet.
 BOOTING = 0.3
 #: How long a hammered worker may take, in seconds.
-HAMMER = 0.4
+HAMMER = 0.3
+#: How long after that the last resort strikes, in seconds.
+HAMMER_LAST_RESORT = 0.18
 #: How long the worker's own thread has for it before the sentinel does it, in seconds.
 HAMMER_LATE = 0.15
 #: How long the interpreter's exit may wait for threads that nobody tracks, in seconds.
@@ -133,6 +135,8 @@ class Drain:
         self._exiting_at: float | None = None
         self._braced: Deadline | None = None
         self._main = native("_thread", "get_ident")()
+        #: What runs the phases: the main thread, or the greenlet or task in it that does.
+        self.runner: object = self._main
         self._beaten_at = 0.0
         self._last_resort = LastResort(descriptor)
         self._sentinel: Sentinel | None = None
@@ -265,7 +269,7 @@ class Drain:
 
         For the signal handlers of event loops, where `hammer` itself might have to wait for a lock.
         """
-        self._last_resort.arm(Deadline.after(HAMMER + 0.05))
+        self._last_resort.arm(Deadline.after(HAMMER + HAMMER_LAST_RESORT))
         self.reason = self.reason or reason
         self.leaving = True
         if self._braced is None:
@@ -276,7 +280,7 @@ class Drain:
     def hammer(self, reason: str) -> int:
         """Leave at once: the report, and then at most HAMMER seconds for the exit hooks. Gives the exit code."""
         end = Deadline.after(HAMMER) if self._braced is None else self._braced.plus(HAMMER - HAMMER_LATE)
-        self._last_resort.arm(end.plus(0.05))
+        self._last_resort.arm(end.plus(HAMMER_LAST_RESORT))
         self.hammered = self.leaving = True
         self.reason = self.reason or reason
         self._abandon_jobs()
@@ -284,7 +288,7 @@ class Drain:
         if self.page.phase is not Phase.ENDED:
             self._fact(Fact.HAMMERED)
         self.deadline = self.deadline.earlier(end)
-        self._last_resort.arm(end.plus(0.05))
+        self._last_resort.arm(end.plus(HAMMER_LAST_RESORT))
         if self._sentinel is not None:
             self._sentinel.wake()
         return self.exit_code
@@ -325,7 +329,7 @@ class Drain:
         actions = self._fact(Fact.DEADLINE_PASSED if left else Fact.CLEANUP_ENDED)
         if Action.REPORT_CLEANUP in actions:
             self.log.error("gracehooks: cleanup_timeout: on_shutdown callbacks that did not end: %s", ", ".join(left))
-        self._settle()
+        self.settle()
 
     def _account(self, reason: str) -> None:
         """Write the report, and log what it says: each request and job once."""
@@ -357,7 +361,7 @@ class Drain:
         self.page.report = report.as_json(found.values(), self._abandoned, reason) if found or self._abandoned else ""
         return found, self._abandoned
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """What is lost after all, now that the end is near: a request that was late and was answered is not."""
         requests_lost, jobs_lost = self._write(self.reason)
         self.exit_code = 1 if requests_lost or jobs_lost or self._callbacks_left else 0
@@ -395,7 +399,7 @@ class Drain:
             self.host.beat()
         if phase is Phase.ENDED and self._exiting_at is not None:
             self._turn_at_exit(now)
-        due = self.deadline.plus(LATE.get(phase, LATE_REQUESTS))
+        due = self.deadline.plus(0.02 if self.hammered else LATE.get(phase, LATE_REQUESTS))
         if due.passed and not self._taken:
             self._take_over(phase)
         pause = min(due.left(), BEAT)
@@ -428,10 +432,9 @@ class Drain:
                 return
             self._taken = True
         self.exit_code = 1
-        main = self._main
-        if not any(handle == main for _, handle in self.running().values()):  # else the report says where it stands
-            stuck = report.where_is_thread(main).replace("\n", "\n    ")
-            self.log.error("gracehooks: the main thread is stuck in phase %s, at:\n    %s", phase.name.lower(), stuck)
+        if not any(handle == self.runner for _, handle in self.running().values()):  # else the report says it
+            stuck = report.where(self.runner, None, self._main).replace("\n", "\n    ")
+            self.log.error("gracehooks: the worker is stuck in phase %s, at:\n    %s", phase.name.lower(), stuck)
         if phase <= Phase.REQUESTS:
             if phase < Phase.ACCEPTING_ENDS:
                 self.accepting_ends()
@@ -440,11 +443,11 @@ class Drain:
             self._abandon_jobs()
             self._account("job_timeout")
             self._fact(Fact.DEADLINE_PASSED)
-            self._fact(Fact.DEADLINE_PASSED)
+            self._clean_up_in_its_place()
         elif phase is Phase.CLEANUP:
-            self._callbacks_left = ["the one at which the main thread stands"]
-            self._fact(Fact.DEADLINE_PASSED)
-            self._settle()
+            self._cleanup_over(["the one where it stands", *map(cleanup.name_of, cleanup.registered()[::-1])])
+        elif self.hammered:
+            self.settle()
         if phase is not Phase.ENDED or self._exiting_at is None:
             self.host.last_words()
         self._exit(1)
@@ -469,8 +472,13 @@ class Drain:
         if self._abandoned:
             self._account("job_timeout")
         self._fact(Fact.DEADLINE_PASSED if self._abandoned else Fact.JOBS_ENDED)
-        self._callbacks_left = [cleanup.name_of(each) for each in cleanup.registered()]
-        self._cleanup_over(self._callbacks_left)
+        self._clean_up_in_its_place()
+
+    def _clean_up_in_its_place(self) -> None:
+        if self._takes_over:
+            self._cleanup_over(cleanup.run(self.deadline, self.log))
+        else:  # they may need the loop, which is blocked
+            self._cleanup_over([cleanup.name_of(each) for each in cleanup.registered()[::-1]])
 
     def _exit(self, code: int) -> None:
         """The hard exit, with what a soft one would still have done: atexit, logging, the buffers."""

@@ -139,6 +139,7 @@ class Drained(Attached):
     def _leave_if_hammered(self) -> None:
         # The exit that the handler raised inside of a request was swallowed: gunicorn's sync worker answers 500 then.
         if self.drain.hammered:
+            self.drain.settle()
             sys.exit(self.drain.exit_code)
 
     def at_loop(self) -> bool:

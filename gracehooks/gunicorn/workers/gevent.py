@@ -10,11 +10,8 @@ gevent's `StreamServer.do_read`, `do_handle` and `full`, and on `cancel_wait` (t
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import struct
-import termios
 import time
 from functools import partial
 from typing import Any
@@ -27,9 +24,17 @@ from gevent.server import StreamServer
 from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 
-from gracehooks.drain.watchdog import native
 from gracehooks.gunicorn.workers.drained import Drained
-from gracehooks.gunicorn.workers.sockets import AGAIN, NO_ROOM, close_in_steps, unread_body
+from gracehooks.gunicorn.workers.sockets import (
+    AGAIN,
+    NO_ROOM,
+    Announced,
+    Named,
+    close_in_steps,
+    readable,
+    unread,
+    unread_body,
+)
 
 __all__ = ["GeventWorker"]
 
@@ -42,7 +47,6 @@ TURN = 1.0
 PAUSE = 0.25
 #: How many connections may be served at once, at most, while the backlog is accepted before the others get their turn.
 AHEAD = 64
-_NONE = struct.pack("i", 0)
 
 
 class Connection:
@@ -66,10 +70,7 @@ class Connection:
         """Whether bytes are here that nobody has read: in the parser, in the TLS layer or in the kernel; or the end."""
         if self.unreader is not None and self.unreader.buf.getvalue():
             return True
-        pending = getattr(self.sock, "pending", None)
-        if pending is not None and pending():
-            return True
-        return _readable(self.sock)
+        return readable(self.sock)
 
     def wait(self, seconds: float) -> None:
         """Wait for a byte, the end or `wake`, at most so long."""
@@ -132,6 +133,7 @@ class GeventWorker(Drained, ggevent.GeventWorker):
     # -- serving -----------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Make what wakes the main greenlet, also from signal handlers and other threads; then serve."""
+        self.drain.runner = gevent.getcurrent()
         self._awake = Event()
         self._alarm = gevent.get_hub().loop.async_()
         self._alarm.start(self._awake.set)
@@ -143,7 +145,7 @@ class GeventWorker(Drained, ggevent.GeventWorker):
         for listener in self.sockets:
             listener.setblocking(1)
             pool = Pool(self.worker_connections)
-            server = StreamServer(listener, handle=partial(self.handle, listener), spawn=pool, **arguments)
+            server = StreamServer(listener, handle=partial(self.handle, Named(listener)), spawn=pool, **arguments)
             if self.cfg.workers > 1:
                 server.max_accept = 1
             server.start()
@@ -225,13 +227,15 @@ class GeventWorker(Drained, ggevent.GeventWorker):
         if conn is not None:
             conn.busy, conn.unreader = True, getattr(req, "unreader", None)
         number = self.drain.begin(req.method, req.path, greenlet)
+        req.should_close = Announced(self.drain, req.should_close)
         try:
             return super().handle_request(listener_name, req, sock, addr)
         except StopIteration:
-            if unread_body(req) or _unread(sock):
+            if unread_body(req) or unread(sock):
                 close_in_steps(sock, CLOSING)
             raise
         finally:
+            del req.should_close  # it knows the request, which would know it
             self.drain.end(number)
             if conn is not None:
                 conn.busy, conn.used = False, True
@@ -347,22 +351,6 @@ class GeventWorker(Drained, ggevent.GeventWorker):
                 server.close()
             self.sockets = []
             self.drain.accepting_ended()
-
-
-def _readable(sock: Any) -> bool:
-    poll = native("select", "poll")()
-    try:
-        poll.register(sock.fileno(), 1)  # POLLIN
-        return bool(poll.poll(0))
-    except (OSError, ValueError):
-        return True  # closed: whoever reads it will see
-
-
-def _unread(sock: Any) -> int:
-    try:
-        return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NONE))[0])
-    except (OSError, ValueError):
-        return 0
 
 
 def _goaway(conn: Connection) -> None:

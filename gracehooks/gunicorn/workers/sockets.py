@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import errno
-import select
+import fcntl
 import socket
 import ssl
+import struct
+import termios
 import time
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["AGAIN", "EMPTY", "NO_ROOM", "close_in_steps", "ended", "readable", "unread_body"]
+from gracehooks.drain.driver import Drain
+from gracehooks.drain.watchdog import native
+
+__all__ = [
+    "AGAIN",
+    "EMPTY",
+    "NO_ROOM",
+    "Announced",
+    "Named",
+    "close_in_steps",
+    "ended",
+    "readable",
+    "unread",
+    "unread_body",
+]
 
 #: What `accept` may fail with although there may be another connection.
 AGAIN = (errno.ECONNABORTED, errno.EINTR)
@@ -19,26 +36,72 @@ EMPTY = (errno.EAGAIN, errno.EWOULDBLOCK)
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
+_POLLIN = 1
+_NONE = struct.pack("i", 0)
+
+
+class Named:
+    """What a connection needs of its listener: the name. It is asked for when the listener may be closed already."""
+
+    def __init__(self, listener: Any) -> None:
+        self._name = listener.getsockname()
+
+    def getsockname(self) -> Any:
+        """The address that the listener was bound to."""
+        return self._name
+
+
+class Announced:
+    """A request's `should_close` that says yes once the worker leaves, and keeps to what it has said once.
+
+    gunicorn asks it when it writes the answer's head, and again when the answer is sent: a worker that is told to leave
+    in between must not close a connection whose answer said that it stays.
+    """
+
+    __slots__ = ("_drain", "_said", "_stock")
+
+    def __init__(self, drain: Drain, stock: Callable[[], bool]) -> None:
+        self._drain = drain
+        self._stock = stock
+        self._said: bool | None = None
+
+    def __call__(self) -> bool:
+        said = self._said
+        if said is None:
+            said = self._said = self._drain.leaving or self._stock()
+        return said
+
+
 def readable(sock: Any) -> bool:
-    """Whether something can be read without waiting: bytes, or the end."""
-    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+    """Whether something can be read without waiting: bytes, or the end. Does not let other greenlets run."""
+    if getattr(sock, "pending", None) is not None and sock.pending():
         return True
-    poll = select.poll()
+    poll = native("select", "poll")()
     try:
-        poll.register(sock, select.POLLIN)
+        poll.register(sock.fileno(), _POLLIN)
         return bool(poll.poll(0))
     except (OSError, ValueError):
         return False
 
 
+def unread(sock: Any) -> bool:
+    """Whether bytes are here that nobody has read."""
+    try:
+        return bool(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NONE))[0])
+    except (OSError, ValueError):
+        return False
+
+
 def ended(sock: Any) -> bool:
-    """Read away what the client still sends, without waiting; whether it has closed. Raises OSError when it is broken."""
+    """Read away what the client still sends, without waiting; whether it has closed, or is broken."""
     try:
         for _ in range(64):
             if not sock.recv(65536):
                 return True
     except (BlockingIOError, ssl.SSLWantReadError):
         pass
+    except OSError:
+        return True
     return False
 
 

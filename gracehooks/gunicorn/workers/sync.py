@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import time
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from gunicorn import util
 from gunicorn.workers import sync
 
 from gracehooks.gunicorn.workers.drained import Drained
-from gracehooks.gunicorn.workers.sockets import AGAIN, NO_ROOM, close_in_steps, readable, unread_body
+from gracehooks.gunicorn.workers.sockets import AGAIN, NO_ROOM, Named, ended, readable, unread, unread_body
 
 __all__ = ["SyncWorker"]
 
@@ -31,7 +32,9 @@ LOBBY = 30.0
 PAUSE = 0.25
 #: How long a connection with unread bytes waits for its client to close, in seconds.
 CLOSING = 2.0
-#: Later gunicorns close in two steps themselves.
+#: How many such connections there may be before they are looked at between two requests.
+MANY = 64
+#: Later gunicorns close in two steps, and wait for the client.
 CLOSES_AT_ONCE = not hasattr(util, "close_graceful")
 
 
@@ -51,21 +54,29 @@ class SyncWorker(Drained, sync.SyncWorker):
         super().__init__(*args, **kwargs)
         #: New connections that have sent nothing yet, by their descriptors, oldest first.
         self._lobby: dict[int, Waiting] = {}
+        #: Connections that we have closed and the client has not, with the time when we stop waiting.
+        self._closing: dict[int, tuple[Any, float]] = {}
+        self._names: dict[Any, Named] = {}
         self._parsing = False
 
     # -- serving -----------------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """gunicorn's loop; connections know their listeners by name."""
+        self._names = {listener: Named(listener) for listener in self.sockets}
+        super().run()
+
     def accept(self, listener: Any) -> None:
         """Accept one connection and serve it, or leave it in the lobby when it stays silent."""
-        if self._lobby:
-            self._serve_lobby(0.0)
+        if self._lobby or len(self._closing) > MANY:
+            self._poll(0.0, ())
         client, address = listener.accept()
         client.setblocking(True)
         util.close_on_exec(client)
         if self._speaks(client):
-            self._serve(listener, client, address)
+            self._serve(self._names[listener], client, address)
             return
         wait = LOBBY if self.alive else self.drain.linger(used=False)
-        self._lobby[client.fileno()] = Waiting(listener, client, address, time.monotonic() + wait)
+        self._lobby[client.fileno()] = Waiting(self._names[listener], client, address, time.monotonic() + wait)
 
     def _speaks(self, client: Any) -> bool:
         """Whether the client sends its first byte within PATIENCE; a worker that leaves has none."""
@@ -102,23 +113,26 @@ class SyncWorker(Drained, sync.SyncWorker):
         descriptors = self._poll(timeout, self.sockets)
         return [listener for listener in self.sockets if listener.fileno() in descriptors]
 
-    def _serve_lobby(self, timeout: float) -> None:
-        self._poll(timeout, ())
-
     def _poll(self, timeout: float, listeners: Any) -> set[int]:
         """Wait once, serve what the lobby has; gives the descriptors that were ready."""
         now = time.monotonic()
+        for descriptor in [each for each, (_, until) in self._closing.items() if until <= now]:
+            self._closing.pop(descriptor)[0].close()
         for waiting in [each for each in self._lobby.values() if each.until <= now]:
             if not readable(waiting.client):
                 del self._lobby[waiting.client.fileno()]
                 waiting.client.close()
         poll = select.poll()
-        for descriptor in (self.PIPE[0], *(each.fileno() for each in listeners), *self._lobby):
+        for descriptor in (self.PIPE[0], *(each.fileno() for each in listeners), *self._lobby, *self._closing):
             poll.register(descriptor, select.POLLIN)
-        soonest = min((each.until - now for each in self._lobby.values()), default=timeout)
+        ends = [*(each.until for each in self._lobby.values()), *(until for _, until in self._closing.values())]
+        soonest = min(ends, default=now + timeout) - now
         found = {descriptor for descriptor, _ in poll.poll(max(0.0, min(timeout, soonest)) * 1000)}
         if self.PIPE[0] in found:
             self._empty_pipe()
+        for descriptor in [each for each in self._closing if each in found]:
+            if ended(self._closing[descriptor][0]):
+                self._closing.pop(descriptor)[0].close()
         for descriptor in [each for each in self._lobby if each in found]:
             waiting = self._lobby.pop(descriptor)
             self._serve(waiting.listener, waiting.client, waiting.address)
@@ -133,8 +147,22 @@ class SyncWorker(Drained, sync.SyncWorker):
             self.drain.end(number)
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
-        if CLOSES_AT_ONCE and (unread_body(req) or readable(client)):
-            close_in_steps(client, CLOSING)
+        if not CLOSES_AT_ONCE or unread_body(req) or unread(client):
+            self._close(client)
+
+    def _close(self, client: Any) -> None:
+        """Close our side, and take the rest out of gunicorn's hands: it would close at once, or wait for the client."""
+        sock = socket.socket(client.family, client.type, client.proto, fileno=client.detach())
+        try:
+            sock.shutdown(socket.SHUT_WR)
+            sock.setblocking(False)
+            if ended(sock):
+                sock.close()
+                return
+        except OSError:
+            sock.close()
+            return
+        self._closing[sock.fileno()] = (sock, time.monotonic() + CLOSING)
 
     def unread(self) -> int:
         """Connections of the lobby that have sent something, and one whose request has not arrived to its end."""
@@ -155,9 +183,9 @@ class SyncWorker(Drained, sync.SyncWorker):
                 self._accept_waiting(waiting)
             if not waiting:
                 self._close_listeners()
-            if deadline.passed or not (waiting or self._lobby):
+            if deadline.passed or not (waiting or self._lobby or self._closing):
                 break
-            self._serve_lobby(0.0 if waiting else min(PAUSE, deadline.left()))
+            self._poll(0.0 if waiting else min(PAUSE, deadline.left()), ())
         self._close_listeners()
 
     def _accept_waiting(self, waiting: list[Any]) -> None:
@@ -169,7 +197,7 @@ class SyncWorker(Drained, sync.SyncWorker):
                 self.accept(listener)
             except OSError as error:
                 if error.errno in NO_ROOM:
-                    self._serve_lobby(PAUSE)
+                    self._poll(PAUSE, ())
                 elif error.errno not in AGAIN:
                     waiting.remove(listener)
             if self.drain.deadline.passed:

@@ -29,7 +29,7 @@ from typing import Any
 from gunicorn.workers import gthread
 
 from gracehooks.gunicorn.workers.drained import Drained
-from gracehooks.gunicorn.workers.sockets import AGAIN, EMPTY, NO_ROOM, ended, readable
+from gracehooks.gunicorn.workers.sockets import AGAIN, EMPTY, NO_ROOM, Announced, ended, readable
 
 __all__ = ["Worker"]
 
@@ -196,12 +196,8 @@ class Worker(Drained, gthread.ThreadWorker):
         conn.close()
 
     def _on_closing(self, sock: Any) -> None:
-        try:
-            if not ended(sock):
-                return
-        except OSError:
-            pass
-        self._forget(sock)
+        if ended(sock):
+            self._forget(sock)
 
     def _forget(self, sock: Any) -> None:
         with self._guard:
@@ -243,9 +239,11 @@ class Worker(Drained, gthread.ThreadWorker):
     def handle_request(self, req: Any, conn: Any) -> Any:
         """One request, from parsed to answered."""
         number = self.drain.begin(req.method, req.path)
+        req.should_close = Announced(self.drain, req.should_close)
         try:
             return super().handle_request(req, conn)
         finally:
+            del req.should_close  # it knows the request, which would know it
             self.drain.end(number)
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
