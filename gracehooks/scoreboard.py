@@ -72,12 +72,13 @@ class RequestInFlight:
 
 @dataclass(frozen=True)
 class JobInFlight:
-    """A job that was accepted and has not ended; `started` is monotonic seconds."""
+    """A job that was accepted and has not ended; `started` is monotonic seconds, `pid` that of a child process, else 0."""
 
     id: int
     name: str
     kind: str
     started: float
+    pid: int = 0
 
     @property
     def age(self) -> float:
@@ -89,7 +90,7 @@ class JobInFlight:
 _PHASE, _ORDER, _READY, _REPLACE = 0, 8, 16, 24
 _HEARTBEAT = 32
 _BEGUN, _ANSWERED = 40, 48  # of the requests that found no slot
-_ACCEPTED, _OUTCOMES = 56, 64  # five outcomes follow: 64 … 96
+_ACCEPTED, _OUTCOMES = 56, 64  # accepted are those that found no slot; five outcomes follow: 64 … 96
 _PHASE_SINCE = 104
 _FAILURE_SIZE, _REPORT_SIZE = 112, 120
 _FAILURE, _FAILURE_ROOM = 128, 1024
@@ -101,28 +102,30 @@ _F64 = struct.Struct("=d")
 _REQUEST = struct.Struct("=qd8sH102s")  # state (odd: taken), started, method, length of the path, path
 _NAME = struct.Struct("=8sH102s")  # the last three of them
 _REQUEST_SIZE, _PATH_ROOM = 128, 102
-_JOB = struct.Struct("=bxxxxxxxdq12sH90s")  # state, started, id, kind, length of the name, name
-_JOB_SIZE, _NAME_ROOM = 128, 90
-_FREE, _TAKEN = 0, 1
+_JOB = struct.Struct("=qdqq12sH82s")  # state (odd: taken), started, id, pid, kind, length of the name, name
+_JOB_NAME = struct.Struct("=12sH82s")  # the last three of them
+_JOB_SIZE, _NAME_ROOM = 128, 82
 
 
 class Page:
     """The scoreboard of one worker: `requests` and `jobs` are the numbers of named slots (1 or more)."""
 
     def __init__(self, requests: int = 256, jobs: int = 512) -> None:
-        self._job_slots = jobs
-        self._jobs_at = _SLOTS + requests * _REQUEST_SIZE
-        self._map = mmap.mmap(-1, self._jobs_at + jobs * _JOB_SIZE)
+        jobs_at = _SLOTS + requests * _REQUEST_SIZE
+        size = jobs_at + jobs * _JOB_SIZE
+        self._map = mmap.mmap(-1, size)
         # Two views of the same memory, for stores of eight bytes that cost no call.
         self._view = memoryview(self._map)
         self._words = self._view.cast("q")
         self._times = self._view.cast("d")
-        self._states = range(_SLOTS // 8, self._jobs_at // 8, _REQUEST_SIZE // 8)
+        self._states = range(_SLOTS // 8, jobs_at // 8, _REQUEST_SIZE // 8)
+        self._job_states = range(jobs_at // 8, size // 8, _JOB_SIZE // 8)
         # What each slot is named after now: the same request again need not be written again.
         self._named: dict[int, tuple[str, str]] = dict.fromkeys(self._states, ("", ""))
+        self._jobs_named: dict[int, tuple[str, str]] = dict.fromkeys(self._job_states, ("", ""))
         # A deque's append and pop are atomic: slots are taken by threads, without a lock.
         self._free_requests: deque[int] = deque(reversed(self._states))
-        self._free_jobs: deque[int] = deque(range(jobs - 1, -1, -1))
+        self._free_jobs: deque[int] = deque(reversed(self._job_states))
         # Counters are read-modify-write, so they have a lock; it lives in the worker alone.
         self._lock = threading.Lock()
 
@@ -224,7 +227,7 @@ class Page:
         try:
             slot = self._free_requests.pop()
         except IndexError:
-            self._count_request(_BEGUN)
+            self._count_one(_BEGUN)
             return -1
         named = self._named[slot]
         if named[1] != path or named[0] != method:
@@ -239,14 +242,14 @@ class Page:
             self._words[slot] += 1
             self._free_requests.append(slot)
         else:
-            self._count_request(_ANSWERED)
+            self._count_one(_ANSWERED)
 
     def _name(self, slot: int, method: str, path: str) -> None:
         raw = path.partition("?")[0].encode("utf-8", "replace")[:_PATH_ROOM]
         _NAME.pack_into(self._map, slot * 8 + 16, method.encode("ascii", "replace")[:8], len(raw), raw)
         self._named[slot] = (method, path)
 
-    def _count_request(self, at: int) -> None:
+    def _count_one(self, at: int) -> None:
         with self._lock:
             _I64.pack_into(self._map, at, _I64.unpack_from(self._map, at)[0] + 1)
 
@@ -287,33 +290,43 @@ class Page:
     # -- jobs ----------------------------------------------------------------------------------------------------
     def job_begin(self, id: int, kind: str, name: str) -> int:
         """A job was accepted; gives its slot, or -1 when no slot is free (it is counted all the same)."""
-        with self._lock:
-            _I64.pack_into(self._map, _ACCEPTED, _I64.unpack_from(self._map, _ACCEPTED)[0] + 1)
         try:
             slot = self._free_jobs.pop()
         except IndexError:
+            self._count_one(_ACCEPTED)
             return -1
-        at = self._jobs_at + slot * _JOB_SIZE
-        raw = name.encode("utf-8", "replace")[:_NAME_ROOM]
-        _JOB.pack_into(self._map, at, _FREE, time.monotonic(), id, kind.encode("ascii", "replace")[:12], len(raw), raw)
-        self._map[at] = _TAKEN
+        named = self._jobs_named[slot]
+        if named[1] != name or named[0] != kind:
+            self._name_job(slot, kind, name)
+        words = self._words
+        words[slot + 2] = id
+        words[slot + 3] = 0
+        self._times[slot + 1] = time.monotonic()
+        words[slot] += 1
         return slot
+
+    def _name_job(self, slot: int, kind: str, name: str) -> None:
+        raw = name.encode("utf-8", "replace")[:_NAME_ROOM]
+        _JOB_NAME.pack_into(self._map, slot * 8 + 32, kind.encode("ascii", "replace")[:12], len(raw), raw)
+        self._jobs_named[slot] = (kind, name)
+
+    def job_pid(self, slot: int, pid: int) -> None:
+        """The job of `slot` is the child process `pid`: whoever cleans up after this worker has to know."""
+        if slot >= 0:
+            self._words[slot + 3] = pid
 
     def job_end(self, slot: int, outcome: Outcome) -> None:
         """The job of `slot` has ended so; for a job that was accepted."""
         if slot >= 0:
-            self._map[self._jobs_at + slot * _JOB_SIZE] = _FREE
+            self._words[slot] += 1
             self._free_jobs.append(slot)
-        self._count(outcome)
+        with self._lock:
+            self._words[_OUTCOMES // 8 + outcome] += 1
 
     def job_rejected(self) -> None:
         """A job was refused; it never counted as accepted."""
-        self._count(Outcome.REJECTED)
-
-    def _count(self, outcome: Outcome) -> None:
-        at = _OUTCOMES + 8 * outcome
         with self._lock:
-            _I64.pack_into(self._map, at, _I64.unpack_from(self._map, at)[0] + 1)
+            self._words[_OUTCOMES // 8 + Outcome.REJECTED] += 1
 
     def count(self, outcome: Outcome) -> int:
         """How many jobs ended so."""
@@ -322,7 +335,8 @@ class Page:
     @property
     def jobs_accepted(self) -> int:
         """How many jobs were accepted."""
-        return self._get(_ACCEPTED)
+        words = self._words
+        return sum((words[slot] + 1) >> 1 for slot in self._job_states) + self._get(_ACCEPTED)
 
     @property
     def jobs_in_flight(self) -> int:
@@ -339,11 +353,13 @@ class Page:
         return sorted(self._each_job(), key=lambda each: each.started)
 
     def _each_job(self) -> Iterator[JobInFlight]:
-        for slot in range(self._job_slots):
-            at = self._jobs_at + slot * _JOB_SIZE
-            if self._map[at] != _TAKEN:
-                continue
-            _, started, id, kind, size, raw = _JOB.unpack_from(self._map, at)
-            yield JobInFlight(
-                id, raw[:size].decode("utf-8", "replace"), kind.rstrip(b"\0").decode("ascii", "replace"), started
-            )
+        for slot in self._job_states:
+            state, started, id, pid, kind, size, raw = _JOB.unpack_from(self._map, slot * 8)
+            if state & 1:
+                yield JobInFlight(
+                    id,
+                    raw[:size].decode("utf-8", "replace"),
+                    kind.rstrip(b"\0").decode("ascii", "replace"),
+                    started,
+                    pid,
+                )

@@ -212,6 +212,9 @@ class _Watcher:
             self._look(work)
         if self._reap_at and time.monotonic() >= self._reap_at:
             self._reap_at = time.monotonic() + ADOPTED_AFTER if reap_adopted() else 0.0
+            found = tracker.current()
+            if found is not None and found.sweeper is not None and not found.closed:
+                found.sweeper.adopt(found)  # what runs on without its parent shows as a job from now on
 
     def _look(self, work: Work) -> None:
         child: _Child = work.handle
@@ -388,8 +391,8 @@ def reap_adopted() -> bool:
 class Descendants:
     """The sweeper: strays become jobs, so the end waits for them, tells them to stop, and reports them."""
 
-    def adopt(self, found: Tracker) -> None:
-        """Begin a job for each child that nobody knows."""
+    def adopt(self, found: Tracker, *, watch: bool = True) -> None:
+        """Begin a job for each child that nobody knows, and with `watch` finish it when it ends."""
         seen = scan()
         known = _known()
         for child in _children(os.getpid(), seen):
@@ -400,15 +403,13 @@ class Descendants:
             except JobRejected:
                 return
             _adopted.add(child.pid)
-            work.handle = _Child(child.pid, None, adopted=True)
-            _watch(work)
+            _hold(work, _Child(child.pid, None, adopted=True), watch)
             if found.told:
                 work.tell()
 
-    def kill(self, found: Tracker) -> None:
-        """Kill what is left of the trees of jobs and strays; infrastructure lives until this process ends."""
-        del found
-        kill_descendants(infrastructure=False)
+    def kill(self, *, infrastructure: bool) -> None:
+        """Kill what is left of the trees of jobs and strays; with `infrastructure` every descendant."""
+        kill_descendants(infrastructure=infrastructure)
 
 
 def kill_descendants(*, infrastructure: bool = True) -> None:
@@ -467,12 +468,18 @@ def name_of(args: Any) -> str:
 _starting: ContextVar[Work | None] = ContextVar("gracehooks_starting", default=None)
 
 
+def _hold(work: Work, child: _Child, watch: bool = True) -> None:
+    work.handle = child
+    work.tracker.page.job_pid(work.slot, child.pid)
+    if watch:
+        _watch(work)
+
+
 def _attach(work: Work, pid: int, owner: Any, *, stop_signal: int = signal.SIGTERM, leads_group: bool = False) -> None:
     child = _Child(pid, owner)
     child.stop_signal = stop_signal
     child.leads_group = leads_group
-    work.handle = child
-    _watch(work)
+    _hold(work, child)
 
 
 def _popen(args: Any, stop_signal: int, keywords: dict[str, Any]) -> tuple[subprocess.Popen[Any], Work]:

@@ -19,6 +19,7 @@ import math
 import os
 import threading
 import time
+from _thread import RLock
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
@@ -114,11 +115,14 @@ class Kind(Protocol):
 class Sweeper(Protocol):
     """Finds work that nobody began through the tracker: descendants of this process."""
 
-    def adopt(self, tracker: Tracker) -> None:
-        """Begin a job for each stray; called whenever the tracker is about to say that it is empty."""
+    def adopt(self, tracker: Tracker, *, watch: bool = True) -> None:
+        """Begin a job for each stray, and finish it when it ends unless `watch` is False.
 
-    def kill(self, tracker: Tracker) -> None:
-        """Kill every descendant that is not infrastructure."""
+        Called whenever the tracker is about to say that it is empty.
+        """
+
+    def kill(self, *, infrastructure: bool) -> None:
+        """Kill every descendant; those that the application had at boot only with `infrastructure`."""
 
 
 class _Flag(Protocol):
@@ -126,7 +130,7 @@ class _Flag(Protocol):
     def clear(self) -> None: ...
 
 
-_flags = threading.Lock()
+_flags = RLock()
 
 
 class Token:
@@ -345,8 +349,9 @@ class Tracker:
         self.sweeper: Sweeper | None = None
         self.token = Token()
         self._ids = itertools.count(1)
-        # Re-entrant: a finalizer that the collector runs while the lock is held may end a job.
-        self._lock = threading.RLock()
+        # Re-entrant: a finalizer that the collector runs while the lock is held may end a job. And a native one, also
+        # under gevent, whose threads outside of the hub end jobs too; nothing switches greenlets while it is held.
+        self._lock = RLock()
         self._works: dict[int, Work] = {}
         self._wake: Callable[[], object] | None = None
         self._stoppers: list[Callable[[], object]] = []
@@ -380,9 +385,10 @@ class Tracker:
             if self._works.pop(work.id, None) is None:
                 return False
             self.page.job_end(work.slot, outcome)
-            wake = self._wake if not self._works else None
-        if wake is not None:
-            wake()
+            if self._wake is None or self._works:
+                return True
+            wake = self._wake
+        wake()
         return True
 
     def counts(self) -> dict[str, int]:
@@ -480,6 +486,25 @@ class Tracker:
             self.closed = True
             return list(self._works.values())
 
+    def abandon(self) -> list[Abandoned]:
+        """Give up every job now, without a word to it: for an exit by force, from any thread.
+
+        Closes the tracker, counts what is in flight as abandoned, kills every child process; gives what was abandoned.
+        """
+        if not self.counting:
+            self.closed = True
+            return []
+        if self.sweeper is not None and not self.closed:
+            self.sweeper.adopt(self, watch=False)
+        lost = []
+        for work in self.close():
+            abandoned = work.abandoned()
+            if self.finish(work, Outcome.ABANDONED):
+                lost.append(abandoned)
+        if self.sweeper is not None:
+            self.sweeper.kill(infrastructure=True)
+        return lost
+
 
 class Ending:
     """The steps of an end, without the waiting, which is the caller's: blocking or in an event loop."""
@@ -568,7 +593,7 @@ class Ending:
             except Exception:
                 self.tracker.log.exception("gracehooks: job %d (%s) could not be killed", work.id, work.name)
         if self.lost and self.tracker.sweeper is not None:
-            self.tracker.sweeper.kill(self.tracker)
+            self.tracker.sweeper.kill(infrastructure=False)
         return [abandoned for _, abandoned in self.lost]
 
 
@@ -660,10 +685,10 @@ def _after_fork_in_child() -> None:
         # The page is shared with the parent: a copy of its jobs that ends here must not be counted again.
         _current.counting = False
         _current._works = {}
-        _current._lock = threading.RLock()
+        _current._lock = RLock()
         _current._wake = None
     _making = threading.Lock()
-    _flags = threading.Lock()
+    _flags = RLock()
     _current = None
     mark.set(None)
 

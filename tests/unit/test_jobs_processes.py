@@ -46,11 +46,14 @@ def python(code: str) -> list[str]:
 
 def test_children_that_are_born_in_a_request_are_jobs_and_keep_their_exit_codes(found: Tracker, pidfd: str) -> None:
     with request():
-        children = [subprocess.Popen(["sh", "-c", f"sleep 0.05; exit {code}"]) for code in (0, 3)]
+        children = [subprocess.Popen(["sh", "-c", f"read line; exit {code}"], stdin=subprocess.PIPE) for code in (0, 3)]
         assert [(work.kind, work.name) for work in jobs.active()] == [("process", "sh -c")] * 2
         assert subprocess.run(["true"], check=False).returncode == 0
         with pytest.raises(FileNotFoundError):
             subprocess.Popen(["/no/such/program"])
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.close()
     free = subprocess.Popen(["sleep", "3600"])
     try:
         assert end(found) == []
@@ -150,9 +153,11 @@ def test_run_is_subprocess_run(found: Tracker) -> None:
 def test_a_child_of_a_coroutine_is_a_job_and_the_loop_gets_the_exit_code(found: Tracker, loop: str) -> None:
     async def main() -> None:
         with request():
-            child = await asyncio.create_subprocess_exec("sh", "-c", "sleep 0.05; exit 4")
+            child = await asyncio.create_subprocess_exec("sh", "-c", "read line; exit 4", stdin=subprocess.PIPE)
             assert [(work.kind, work.name) for work in jobs.active()] == [("process", "sh -c")]
             shell = await asyncio.create_subprocess_shell("exit 0")
+        assert child.stdin is not None
+        child.stdin.close()
         assert await child.wait() == 4
         assert await shell.wait() == 0
         await asyncio.to_thread(eventually, lambda: len(found) == 0)
@@ -170,8 +175,9 @@ def test_a_child_of_a_coroutine_is_a_job_and_the_loop_gets_the_exit_code(found: 
 
 def test_forks_and_multiprocessing_in_a_request_are_jobs(found: Tracker) -> None:
     context = multiprocessing.get_context("fork")
+    reader, writer = os.pipe()
     with request():
-        process = context.Process(target=time.sleep, args=(0.05,), name="a process")
+        process = context.Process(target=os.read, args=(reader, 1), name="a process")
         process.start()
         pid = os.fork()
         if pid == 0:
@@ -179,6 +185,7 @@ def test_forks_and_multiprocessing_in_a_request_are_jobs(found: Tracker) -> None
     outside = context.Process(target=time.sleep, args=(3600,))
     outside.start()
     assert [work.name for work in jobs.active()][:1] == ["a process"]
+    os.write(writer, b"x")
     assert end(found) == []
     process.join()
     assert process.exitcode == 0
@@ -186,18 +193,36 @@ def test_forks_and_multiprocessing_in_a_request_are_jobs(found: Tracker) -> None
     assert outside.is_alive()
     outside.kill()
     outside.join()
+    os.close(reader)
+    os.close(writer)
     counts = balanced(found)
     assert (counts["accepted"], counts["succeeded"], counts["failed"]) == (2, 1, 1)
 
 
 def test_track_a_child(found: Tracker) -> None:
-    child = subprocess.Popen(["sleep", "0.05"])
+    child = subprocess.Popen(["cat", "-"], stdin=subprocess.PIPE)
     assert jobs.track(child) is child
     jobs.track(child)
-    assert [work.name for work in jobs.active()] == ["sleep 0.05"]
+    assert [work.name for work in jobs.active()] == ["cat -"]
+    assert [each.pid for each in found.page.jobs()] == [child.pid]
+    assert child.stdin is not None
+    child.stdin.close()
     assert end(found) == []
     assert child.wait() == 0
     assert balanced(found)["succeeded"] == 1
+
+
+def test_an_exit_by_force_counts_everything_and_leaves_no_process(found: Tracker) -> None:
+    with request():
+        children = [jobs.popen(["sleep", "3600"]), subprocess.Popen(["sh", "-c", "setsid sleep 3600 & wait"])]
+    children.append(subprocess.Popen(["sleep", "3600"]))
+    lost = found.abandon()
+    assert [each.name for each in lost] == ["sleep 3600", "sh -c"]
+    assert [child.wait(60) for child in children] == [-9, -9, -9]
+    assert balanced(found)["abandoned"] == 2
+    assert found.abandon() == []
+    with pytest.raises(JobRejected):
+        jobs.submit(int)
 
 
 def test_zombies_that_were_adopted_are_reaped_and_owned_ones_are_not(
