@@ -15,7 +15,9 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["end_accepting", "unlink_paths"]
+from gunicorn import sock
+
+__all__ = ["add_own", "end_accepting", "name_of", "unlink_paths"]
 
 SO_ATTACH_FILTER = 26
 #: Classic BPF over the TCP header (byte 13: flags): a SYN without ACK is dropped, all else passes.
@@ -57,3 +59,39 @@ def unlink_paths(listeners: Iterable[Any]) -> None:
                 os.unlink(name)
         except OSError:
             pass
+
+
+def name_of(listener: Any) -> str:
+    """The address of a listener as text; two listeners of one address have one name."""
+    name = listener.getsockname()
+    return name if isinstance(name, str) else f"{name[0]}:{name[1]}"
+
+
+def add_own(arbiter: Any) -> list[str]:
+    """Open what `bind` names beside the sockets that systemd passed; the names of those that were opened.
+
+    gunicorn ignores `bind` where it is given sockets. A `bind` that was not set adds nothing; an address that cannot be
+    bound is said and left out, since the sockets of systemd serve.
+    """
+    cfg, log = arbiter.cfg, arbiter.log
+    setting = cfg.settings["bind"]
+    if setting.get() == setting.default:
+        return []
+    there = {name_of(each) for each in arbiter.LISTENERS}
+    opened = []
+    for address in cfg.address:
+        if isinstance(address, int):
+            continue  # fd://N is one of those that were passed
+        wanted = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+        if wanted in there:
+            continue
+        try:
+            listener = sock._sock_type(address)(address, cfg, log)
+        except (OSError, ValueError) as error:
+            log.error("gracehooks: cannot listen at %s beside the sockets of systemd (%s)", wanted, error)
+            continue
+        arbiter.LISTENERS.append(listener)
+        opened.append(name_of(listener))
+    if opened:
+        log.info("gracehooks: also listening at %s, beside the sockets of systemd", ", ".join(opened))
+    return opened

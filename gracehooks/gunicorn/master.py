@@ -113,6 +113,8 @@ class Grace:
         self.leaving: dict[int, Departure] = {}
         self.recycling: dict[int, int] = {}
         self.stopping: Stop | None = None
+        #: The names of the listeners that we opened beside those of systemd; None before we looked.
+        self.own: list[str] | None = None
         self.retiring = False
         self.retired_at = 0.0
         self.ended = Losses()
@@ -156,6 +158,7 @@ class Grace:
             if self.handover.workers != self.handover.configured:
                 arbiter.num_workers = self.handover.workers  # TTIN and TTOU outlive the upgrade
             arbiter.systemd = arbiter.systemd or self.handover.systemd
+            self.own = self.handover.own
             self.tell(say="hello", **self._progress())
         if not getattr(arbiter.worker_class, "drains", False):
             log.info(
@@ -199,6 +202,8 @@ class Grace:
         if self._finished:
             self._end_of_loop()
             return
+        if self.own is None:
+            self.own = listeners.add_own(self.arbiter) if self.arbiter.systemd else []
         self.reap()
         if mooring.adrift() and self.final:
             self.begin_stop("the anchor is gone")
@@ -815,12 +820,13 @@ class Grace:
             stop.lame_duck = None
         if not stop.draining:
             stop.draining = True
-            keeper = self.arbiter.systemd  # systemd keeps the sockets, and what waits there, for the next start
-            if stop.final and not keeper:
-                listeners.end_accepting(self.arbiter.LISTENERS, unlink=not self.arbiter.cfg.reuse_port)
+            # systemd keeps its sockets, and what waits there, for the next start; what is ours is served to the end.
+            ours = [each for each in self.arbiter.LISTENERS if self._is_ours(each)]
+            if stop.final and ours:
+                listeners.end_accepting(ours, unlink=not self.arbiter.cfg.reuse_port)
                 events.publish(events.AcceptingEnded(**self.identity()))
             for pid in list(self.arbiter.WORKERS):
-                self.let_go(pid, Order.STOP if stop.final and not keeper else Order.RETIRE, f"stopped by {stop.reason}")
+                self.let_go(pid, Order.STOP if stop.final and ours else Order.RETIRE, f"stopped by {stop.reason}")
         if stop.deadline.passed and self.arbiter.WORKERS:
             self.force_workers("the stop budget" if not stop.forced else f"forced by {stop.reason}")
         older = self.predecessors_alive() if stop.final else []
@@ -865,6 +871,9 @@ class Grace:
             )
         self._finished = True
 
+    def _is_ours(self, listener: Any) -> bool:
+        return not self.arbiter.systemd or listeners.name_of(listener) in (self.own or ())
+
     def sweep(self, graceful: bool) -> None:
         """The loop has ended, in order or by an error: nothing of ours may stay behind.
 
@@ -888,8 +897,8 @@ class Grace:
             while self.arbiter.WORKERS and not until.passed:
                 self.reap()
                 time.sleep(0.02)
-        if final and not self.arbiter.systemd and not self._finished:
-            listeners.unlink_paths(self.arbiter.LISTENERS)
+        if final and not self._finished:
+            listeners.unlink_paths(each for each in self.arbiter.LISTENERS if self._is_ours(each))
         for each in self.arbiter.LISTENERS:
             each.close()
         self.arbiter.LISTENERS = []

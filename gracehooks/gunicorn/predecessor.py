@@ -49,6 +49,7 @@ class Handover:
     workers: int
     configured: int
     systemd: bool
+    own: list[str]
     draining: list[Predecessor]
     id: str
     kind: str
@@ -82,6 +83,7 @@ def take_handover() -> Handover | None:
         workers=said["workers"],
         configured=said["configured"],
         systemd=said["systemd"],
+        own=said.get("own", []),
         draining=[Predecessor(each["pid"], each["start"], each["generation"]) for each in said["draining"]],
         id=said["id"],
         kind=said["kind"],

@@ -128,6 +128,7 @@ class ReexecHost:
                 "workers": arbiter.num_workers,
                 "configured": arbiter.cfg.workers,
                 "systemd": bool(arbiter.systemd),
+                "own": arbiter.grace.own or [],
                 "draining": [each.facts() for each in arbiter.grace.predecessors_alive()],
                 "id": id,
                 "kind": self.kind,
