@@ -107,6 +107,9 @@ class Leaving(Protocol):
         # The one in flight is asked twice, before and after its head: the answer must not change in between.
         return True if request is not self.straddling else super()._will_close(request, response_requires_close)
 
+    def _keepalive_timeout(self) -> None:
+        """The departure closes idle connections."""
+
     def _close_transport(self) -> None:
         if self.transport and not self._closed:
             self._closed = True

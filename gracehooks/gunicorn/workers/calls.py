@@ -84,7 +84,8 @@ class Calls:
                     await finish(scope, receive, send)
             finally:
                 if answered and slot in answered:
-                    answered.discard(slot)
+                    if slot >= 0:
+                        answered.discard(slot)
                 else:
                     end(slot)
 
@@ -117,12 +118,17 @@ class Calls:
                 return result
             finally:
                 if answered and slot in answered:
-                    answered.discard(slot)
+                    if slot >= 0:
+                        answered.discard(slot)
                 else:
                     end(slot)
 
         self._codes.add(call.__code__)
         return call
+
+    def leave_as_they_are(self) -> None:
+        """The end has come: what was not answered stays on the page, whatever becomes of its coroutine."""
+        self.answered.update(self._page.slots(), (-1,))
 
     # -- for drains and reports --------------------------------------------------------------------------------------
     def running(self, loop: Any) -> Iterator[Call]:

@@ -117,6 +117,10 @@ class LoopWorker(Drained):
         """How many requests count towards `max_requests`."""
         raise NotImplementedError
 
+    def keepalive(self) -> float:
+        """How long an idle connection is kept while the worker serves, in seconds."""
+        return float(self.cfg.keepalive)
+
     def begin_leaving(self) -> Side:
         """From now on answers say `Connection: close`; gives the connections' side."""
         raise NotImplementedError
@@ -171,11 +175,9 @@ class LoopWorker(Drained):
         side = self._side = self.begin_leaving()
         if drain.final:
             await self._accept_what_waits()
-        self.stop_listening()
-        for _ in range(5):
-            await asyncio.sleep(0)  # what was accepted just now gets its protocol in the next turns of the loop
+        await self._stop_accepting()
         deadline = drain.accepting_ended()
-        await depart(side, deadline, self.settings.drain_timeout, lambda used: drain.linger(used=used), self._pause)
+        await depart(side, deadline, self.settings.drain_timeout, self._linger, self._pause)
         await drain.finish_async()
 
     async def _accept_what_waits(self) -> None:
@@ -188,6 +190,20 @@ class LoopWorker(Drained):
                 continue
         while not self.drain.deadline.passed and any(event & select.POLLIN for _, event in poll.poll(0)):
             await asyncio.sleep(0)
+
+    def _linger(self, used: bool) -> float:
+        # No client counts on more than the time for which connections are kept anyway.
+        longest = self.drain.linger(used=used)
+        return min(longest, self.keepalive()) if used else longest
+
+    async def _stop_accepting(self) -> None:
+        # asyncio makes the transport of an accepted connection a turn later, and drops the connection when the listener
+        # has been closed meanwhile: first look no more, then wait some turns, then close.
+        for each in self.sockets:
+            self.event_loop.remove_reader(each.fileno())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.stop_listening()
 
     async def _pause(self, seconds: float) -> None:
         """Wait, at most until somebody wakes the loop."""
@@ -269,6 +285,7 @@ class LoopWorker(Drained):
     # -- the end of the loop -------------------------------------------------------------------------------------------
     def _end_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Cancel what still runs and close the loop; bounded, whatever a task does."""
+        self.calls.leave_as_they_are()
         try:
             if not self.drain.hammered:
                 loop.run_until_complete(_end_tasks(loop))

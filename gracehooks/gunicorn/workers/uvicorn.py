@@ -117,6 +117,10 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
         """uvicorn's own count."""
         return int(self.server.server_state.total_requests)
 
+    def keepalive(self) -> float:
+        """A subclass may have chosen its own."""
+        return float(self.config.timeout_keep_alive)
+
     # -- leaving -------------------------------------------------------------------------------------------------------
     def begin_leaving(self) -> Connections:
         """Change the open connections, and those that come."""
@@ -168,19 +172,18 @@ def _listen_for_the_end(protocol_class: type) -> None:
         transport: Any
 
         async def receive(self) -> Any:
-            if self.body_ended:
-                # The application waits for the client to go away: an answer that begins from now on may be a long one.
-                if self.told:
-                    return DISCONNECT
-                if not self.response_started and self.head is None:
-                    self.head = b""
-                    self.transport = _Overheard(self, self.transport)
+            if self.told and self.body_ended:
+                return DISCONNECT
             message = await super().receive()
             if message["type"] == "http.request":
                 if self.told and self.body_ended and not message["body"]:
                     return DISCONNECT
                 if not message["more_body"]:
                     self.body_ended = True
+                    if self.head is None and not self.response_started:
+                        # It may listen for the client's end from now on, and its answer may be a long one: of what type?
+                        self.head = b""
+                        self.transport = _Overheard(self, self.transport)
             return message
 
     module.RequestResponseCycle = RequestResponseCycle  # type: ignore[attr-defined]
