@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -382,7 +383,9 @@ def test_the_examples_are_clean(place, capsys):
     assert found(capsys, "app:app", boot=True) == []
     for path in sorted(examples.glob("systemd/*.service")):
         conf = path.parent / "gunicorn.conf.py"
-        assert traps(capsys, "--unit", str(path), "-c", str(conf)) == [], path
+        here = place / path.name  # without its user, who may see neither this directory nor this interpreter
+        here.write_text(re.sub(r"(?m)^(User|Group)=.*\n", "", path.read_text()))
+        assert traps(capsys, "--unit", str(here), "-c", str(conf)) == [], path
     for path in sorted(examples.glob("supervisord/*.conf")):
         assert traps(capsys, "--supervisor", str(path)) == [], path
     for path in [*examples.rglob("compose*.y*ml"), *examples.rglob("Dockerfile")]:

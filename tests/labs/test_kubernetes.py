@@ -242,7 +242,7 @@ def test_a_grace_period_that_is_too_short_kills_what_the_drain_would_have_saved(
     assert isinstance(outcome[0], (OSError, http.client.HTTPException))
 
 
-@pytest.mark.parametrize("version", ["1.30", "1.34", ""], ids=["1.30", "1.34", "newest"])
+@pytest.mark.parametrize("version", ["1.34", ""], ids=["1.34", "newest"])
 @pytest.mark.parametrize("path", sorted(MANIFESTS.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_manifests_fit_the_published_schema(path, version):
     validator = pytest.importorskip("kubernetes_validate")
