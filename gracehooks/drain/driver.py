@@ -371,8 +371,7 @@ class Drain:
     def _abandon_jobs(self) -> None:
         tracker = jobs.current()
         if tracker is not None:
-            known = {each["id"] for each in self._abandoned}
-            self._abandoned.extend(work.abandoned().facts() for work in tracker.active() if work.id not in known)
+            self._abandoned.extend(each.facts() for each in tracker.abandon())
 
     # -- the sentinel's turn ---------------------------------------------------------------------------------------
     def turn(self) -> float:

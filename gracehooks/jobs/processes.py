@@ -3,16 +3,20 @@
 What must hold:
 - an exit code belongs to whoever started the child: we look at it (`WNOWAIT`) and never take it;
 - the end of a child is noticed through its pidfd, by one thread for all of them that starts with the first one;
-- `setsid` and a dead parent do not hide a descendant: this process is a subreaper, and the end looks for strays;
-- a child that the application started at import or boot is infrastructure: not counted, not waited for.
+- `setsid` and a dead parent do not hide a descendant: this process is a subreaper, and we look for strays, some time
+  after a child has ended and in the end;
+- a child that the application started at import or boot is infrastructure: not counted, not waited for;
+- a child that is just being started is nobody's stray.
 
-A stray that was adopted has no other parent than us, so it is reaped here; anything that might have another owner in
-this process is left alone. Where there is no pidfd the thread looks every 20 ms instead.
+A zombie that was adopted has no other parent than us, so it is reaped here, but only when nobody else in this process has
+asked for it for a while: C code may wait for children that we know nothing of. Where there is no pidfd the thread looks
+every 20 ms instead.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import selectors
 import signal
@@ -20,7 +24,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -39,9 +44,16 @@ _in_job = tracker.mark.get
 
 #: A zombie that nobody in this process has asked for after these seconds was adopted, and is ours to reap.
 ADOPTED_AFTER = 5.0
+#: After the exit of a child we look for what it has left behind, so many seconds later, and at most so often; a look
+#: reads all of `/proc`, so the pause is at least a hundred times as long as the last look took.
+LOOK_AFTER, LEISURE = 1.0, 100.0
 POLL = 0.02
 _SIGNAL_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _HAS_PIDFD = hasattr(os, "pidfd_open")
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_TICKS = os.sysconf("SC_CLK_TCK")
+#: While children are started without a pause, one that is younger than this is no stray yet, in seconds.
+YOUNG = 2.0
 
 
 class Owner(Protocol):
@@ -114,12 +126,7 @@ class _Child:
         return code if code is None else int(code)
 
     def close(self) -> None:
-        """Reap it when nobody else can, and close the descriptor."""
-        if self.adopted:
-            try:
-                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG)
-            except ChildProcessError:
-                pass
+        """Close the descriptor."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -162,7 +169,8 @@ class _Watcher:
         self._new: list[Work] = []
         self._polled: list[Work] = []
         self._started = False
-        self._reap_at = 0.0
+        self._look_at = 0.0
+        self._pause = LOOK_AFTER
 
     def watch(self, work: Work) -> None:
         """Finish `work` when its process ends."""
@@ -197,8 +205,8 @@ class _Watcher:
         now = time.monotonic()
         if self._polled:
             limit: float | None = POLL
-        elif self._reap_at:
-            limit = max(0.0, self._reap_at - now)
+        elif self._look_at:
+            limit = max(0.0, self._look_at - now)
         else:
             limit = None
         for key, _ in self._selector.select(limit):
@@ -210,11 +218,18 @@ class _Watcher:
         polled, self._polled = self._polled, []
         for work in polled:
             self._look(work)
-        if self._reap_at and time.monotonic() >= self._reap_at:
-            self._reap_at = time.monotonic() + ADOPTED_AFTER if reap_adopted() else 0.0
-            found = tracker.current()
-            if found is not None and found.sweeper is not None and not found.closed:
-                found.sweeper.adopt(found)  # what runs on without its parent shows as a job from now on
+        if self._look_at and time.monotonic() >= self._look_at:
+            self._look_round()
+
+    def _look_round(self) -> None:
+        started = time.monotonic()
+        found = tracker.current()
+        if found is not None and found.sweeper is not None and not found.closed:
+            found.sweeper.adopt(found)  # what runs on without its parent shows as a job from now on
+        again = reap_adopted()
+        now = time.monotonic()
+        self._pause = max(LOOK_AFTER, LEISURE * (now - started))
+        self._look_at = now + self._pause if again else 0.0
 
     def _look(self, work: Work) -> None:
         child: _Child = work.handle
@@ -231,7 +246,7 @@ class _Watcher:
         if code is None:
             self._polled.append(work)
             return
-        self._reap_at = self._reap_at or time.monotonic() + ADOPTED_AFTER
+        self._look_at = self._look_at or time.monotonic() + self._pause
         if child.adopted:
             _adopted.discard(child.pid)
         finish = Outcome.SUCCEEDED if code == 0 else Outcome.FAILED
@@ -262,6 +277,7 @@ def _after_fork_in_child() -> None:
     _infrastructure.clear()
     _adopted.clear()
     _zombies.clear()
+    _starts.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -283,6 +299,11 @@ class Seen:
     def alive(self) -> bool:
         """Whether it runs; a zombie does not."""
         return self.state not in "ZX"
+
+    @property
+    def age(self) -> float:
+        """Seconds since it started."""
+        return time.clock_gettime(_BOOT_CLOCK) - self.started / _TICKS
 
 
 def _see(pid: int) -> Seen | None:
@@ -322,6 +343,21 @@ _infrastructure: dict[int, int] = {}
 #: Strays that the end has found and counted.
 _adopted: set[int] = set()
 _zombies: dict[int, float] = {}
+#: The children that are being started at this moment, and the last one that was.
+_starts: set[object] = set()
+_last_start: object = None
+
+
+@contextmanager
+def _a_start() -> Iterator[None]:
+    """A child is being started: until its pid is known somewhere it must not be taken for a stray."""
+    global _last_start
+    start = _last_start = object()
+    _starts.add(start)
+    try:
+        yield
+    finally:
+        _starts.discard(start)
 
 
 def _note_infrastructure(pid: int) -> None:
@@ -388,16 +424,29 @@ def reap_adopted() -> bool:
     return left
 
 
+def _look_at_children(patience: int) -> tuple[dict[int, Seen], set[int], bool]:
+    """Every process, the known children, and whether no child was being started meanwhile."""
+    for _ in range(patience):
+        last = _last_start
+        if not _starts:
+            seen, known = scan(), _known()
+            if _last_start is last and not _starts:
+                return seen, known, True
+        time.sleep(0.001)
+    return scan(), _known(), False
+
+
 class Descendants:
     """The sweeper: strays become jobs, so the end waits for them, tells them to stop, and reports them."""
 
     def adopt(self, found: Tracker, *, watch: bool = True) -> None:
         """Begin a job for each child that nobody knows, and with `watch` finish it when it ends."""
-        seen = scan()
-        known = _known()
+        seen, known, sure = _look_at_children(patience=200 if watch else 1)
         for child in _children(os.getpid(), seen):
             if not child.alive or child.pid in known or child.pid in _adopted:
                 continue
+            if not sure and child.age < YOUNG:
+                continue  # somebody is starting children all the time, and this may be one of them
             try:
                 work = found.begin(PROCESS, _command(child.pid))
             except JobRejected:
@@ -465,12 +514,15 @@ def name_of(args: Any) -> str:
 
 # -- starting ----------------------------------------------------------------------------------------------------
 #: The job that a Popen of ours is made for.
-_starting: ContextVar[Work | None] = ContextVar("gracehooks_starting", default=None)
+_starting: ContextVar[object] = ContextVar("gracehooks_starting", default=None)
+_UNCOUNTED = object()
 
 
 def _hold(work: Work, child: _Child, watch: bool = True) -> None:
     work.handle = child
     work.tracker.page.job_pid(work.slot, child.pid)
+    if work._due or work not in work.tracker:  # told to stop, or given up, while it was being started
+        child.send(child.stop_signal if work in work.tracker else signal.SIGKILL)
     if watch:
         _watch(work)
 
@@ -493,15 +545,16 @@ def _popen(args: Any, stop_signal: int, keywords: dict[str, Any]) -> tuple[subpr
     else:
         keywords["start_new_session"] = True
     work = tracker.require().begin(PROCESS, name_of(args))
-    token = _starting.set(work)
-    try:
-        process = subprocess.Popen(args, **keywords)
-    except BaseException:
-        work.tracker.finish(work, Outcome.FAILED)
-        raise
-    finally:
-        _starting.reset(token)
-    _attach(work, process.pid, process, stop_signal=stop_signal, leads_group=leads)
+    with _a_start():
+        token = _starting.set(work)
+        try:
+            process = subprocess.Popen(args, **keywords)
+        except BaseException:
+            work.tracker.finish(work, Outcome.FAILED)
+            raise
+        finally:
+            _starting.reset(token)
+        _attach(work, process.pid, process, stop_signal=stop_signal, leads_group=leads)
     return process, work
 
 
@@ -594,48 +647,67 @@ def _patch_popen(count: bool) -> None:
             original(self, *args, **keywords)
             return
         found = _born(count)
-        if found is None:
-            original(self, *args, **keywords)
-            _note_infrastructure(self.pid)
-            return
-        work = found.begin(PROCESS, name_of(args[0] if args else keywords.get("args", "process")))
-        try:
-            original(self, *args, **keywords)
-        except BaseException:
-            found.finish(work, Outcome.FAILED)
-            raise
-        leads = bool(keywords.get("start_new_session")) or keywords.get("process_group") == 0
-        _attach(work, self.pid, self, leads_group=leads)
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        work.handle.asyncio = caller.startswith("asyncio")
+        work = None
+        if found is not None:
+            work = found.begin(PROCESS, name_of(args[0] if args else keywords.get("args", "process")))
+        with _a_start():
+            token = _starting.set(work or _UNCOUNTED)
+            try:
+                original(self, *args, **keywords)
+            except BaseException:
+                if work is not None:
+                    work.tracker.finish(work, Outcome.FAILED)
+                raise
+            finally:
+                _starting.reset(token)
+            if work is None:
+                _note_infrastructure(self.pid)
+                return
+            leads = bool(keywords.get("start_new_session")) or keywords.get("process_group") == 0
+            _attach(work, self.pid, self, leads_group=leads)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            work.handle.asyncio = caller.startswith("asyncio")
 
     kind.__init__ = __init__  # type: ignore[method-assign]
     _undo.append(lambda: setattr(kind, "__init__", original))
 
 
-def _patch_fork(count: bool) -> None:
-    original = os.fork
+def _patch_forks(count: bool) -> None:
+    for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp"):
+        original = getattr(os, name, None)
+        if original is not None:
+            setattr(os, name, _counted(original, name, count))
+            _undo.append(lambda name=name, original=original: setattr(os, name, original))  # type: ignore[misc]
 
-    def fork() -> int:
+
+def _counted(original: Any, name: str, count: bool) -> Any:
+    """`os.fork` and its like, with the child known before anybody looks for strays."""
+
+    @functools.wraps(original)
+    def start(*args: Any, **keywords: Any) -> Any:
+        if _starting.get() is not None:  # a Popen's
+            return original(*args, **keywords)
         process = sys._getframe(1).f_locals.get("process_obj")  # multiprocessing's, in Popen._launch
         found = _born(count)
-        if found is None or (process is not None and is_infrastructure(process._target)):
-            pid = original()
-            if pid:
-                _note_infrastructure(pid)
-            return pid
-        work = found.begin(PROCESS, process.name if process is not None else "fork")
-        try:
-            pid = original()
-        except BaseException:
-            found.finish(work, Outcome.FAILED)
-            raise
-        if pid:
-            _attach(work, pid, _Exit(process) if process is not None else None)
-        return pid
+        work = None
+        if found is not None and not (process is not None and is_infrastructure(process._target)):
+            work = found.begin(PROCESS, process.name if process is not None else name_of(args[:1]) if args else name)
+        with _a_start():
+            try:
+                result = original(*args, **keywords)
+            except BaseException:
+                if work is not None:
+                    work.tracker.finish(work, Outcome.FAILED)
+                raise
+            pid = result[0] if isinstance(result, tuple) else result
+            if pid:  # in the parent
+                if work is None:
+                    _note_infrastructure(pid)
+                else:
+                    _attach(work, pid, _Exit(process) if process is not None else None)
+        return result
 
-    os.fork = fork
-    _undo.append(lambda: setattr(os, "fork", original))
+    return start
 
 
 class _Exit:
@@ -672,17 +744,20 @@ def _patch_uvloop(module: Any, count: bool) -> None:
         def patched(original: Any) -> Any:
             async def start(self: Any, protocol_factory: Any, *args: Any, **keywords: Any) -> Any:
                 found = _born(count)
-                if found is None:
-                    transport, protocol = await original(self, protocol_factory, *args, **keywords)
-                    _note_infrastructure(transport.get_pid())
-                    return transport, protocol
-                work = found.begin(PROCESS, name_of(args[0] if len(args) == 1 else args))
-                try:
-                    transport, protocol = await original(self, protocol_factory, *args, **keywords)
-                except BaseException:
-                    found.finish(work, Outcome.FAILED)
-                    raise
-                _attach(work, transport.get_pid(), _Transport(transport))
+                work = None
+                if found is not None:
+                    work = found.begin(PROCESS, name_of(args[0] if len(args) == 1 else args))
+                with _a_start():
+                    try:
+                        transport, protocol = await original(self, protocol_factory, *args, **keywords)
+                    except BaseException:
+                        if work is not None:
+                            work.tracker.finish(work, Outcome.FAILED)
+                        raise
+                    if work is None:
+                        _note_infrastructure(transport.get_pid())
+                    else:
+                        _attach(work, transport.get_pid(), _Transport(transport))
                 return transport, protocol
 
             start.__gracehooks__ = True  # type: ignore[attr-defined]
@@ -704,7 +779,7 @@ def patch(*, count: bool) -> None:
     for child in _children(os.getpid(), scan()):
         _infrastructure[child.pid] = child.started
     _patch_popen(count)
-    _patch_fork(count)
+    _patch_forks(count)
     patch_late()
 
 

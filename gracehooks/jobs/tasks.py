@@ -132,6 +132,8 @@ def _create(
     finally:
         _reset_mark(token)
     work.handle = task
+    if work._due:  # told to stop by another thread meanwhile
+        cancel_task(task)
     if options is not None and options.timeout is not None:
         timer = loop.call_later(options.timeout, work.tell)
         task.add_done_callback(lambda _: timer.cancel())

@@ -229,6 +229,7 @@ def test_zombies_that_were_adopted_are_reaped_and_owned_ones_are_not(
     found: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "ADOPTED_AFTER", 0.2)
+    monkeypatch.setattr(processes, "LOOK_AFTER", 0.05)
     monkeypatch.setattr(processes, "_watcher", None)
     owned = subprocess.Popen(["true"])
     with request():
