@@ -25,7 +25,7 @@ from gracehooks import events, processes, settings
 from gracehooks.anchor import mooring
 from gracehooks.deadline import Deadline
 from gracehooks.gunicorn import listeners
-from gracehooks.gunicorn.losses import Losses, losses_of
+from gracehooks.gunicorn.losses import Losses, left_behind, losses_of
 from gracehooks.gunicorn.predecessor import Predecessor, take_handover
 from gracehooks.gunicorn.reload import CohortHost
 from gracehooks.gunicorn.successor import ReexecHost
@@ -112,6 +112,7 @@ class Grace:
         self.cohort = 0
         self.leaving: dict[int, Departure] = {}
         self.recycling: dict[int, int] = {}
+        self.orphans: dict[int, tuple[int, Deadline]] = {}
         self.stopping: Stop | None = None
         #: The names of the listeners that we opened beside those of systemd; None before we looked.
         self.own: list[str] | None = None
@@ -190,6 +191,7 @@ class Grace:
             or self.retiring
             or self.leaving
             or self.recycling
+            or self.orphans
             or self.is_successor
             or not self._ever_ready
             or self._spawn_after > time.monotonic()
@@ -211,6 +213,7 @@ class Grace:
         self._look_at_readiness()
         self.driver.tick()
         self._force_the_late()
+        self._see_out_orphans()
         self._recycle()
         self._keep_workers()
         self._go_on_stopping()
@@ -338,6 +341,21 @@ class Grace:
             departure.reason = reason
             self._kill(pid, departure)
 
+    def see_out(self, pid: int) -> None:
+        """A worker of a successor that was killed serves still: it finishes what it has, within the leave budget."""
+        self.orphans[pid] = (processes.started(pid), Deadline.after(self.settings.leave_budget + MARGIN))
+        processes.signal_process(pid, signal.SIGTERM)
+        processes.signal_process(pid, signal.SIGCONT)
+
+    def _see_out_orphans(self, now: bool = False) -> None:
+        for pid, (start, deadline) in list(self.orphans.items()):
+            if not processes.alive(pid, start):
+                del self.orphans[pid]
+            elif now or deadline.passed:
+                del self.orphans[pid]
+                processes.kill_group(pid)
+                processes.signal_process(pid, signal.SIGKILL)
+
     def reap(self) -> None:
         """Take the exit codes of our own children, and of nobody else's."""
         for pid, worker in list(self.arbiter.WORKERS.items()):
@@ -378,8 +396,10 @@ class Grace:
         departure = self.leaving.pop(pid, None)
         self.recycling.pop(pid, None)
         how = processes.describe_status(status)
-        if os.WIFSIGNALED(status) or (departure is not None and departure.forced):
+        if status or (departure is not None and departure.forced):
             processes.kill_group(pid)  # what it started must not outlive it unseen
+            for child in left_behind(page):
+                processes.kill_tree(child)
         reason = self._why(worker, departure, status, how)
         found = losses_of(page, pid, reason)
         self.ended.add(found)
@@ -496,6 +516,7 @@ class Grace:
             "ready": min(len(mine), self.arbiter.num_workers),
             "workers": self.arbiter.num_workers,
             "pids": [pid for pid, _ in self.workers()],
+            "serving": [pid for pid, _ in mine],
         }
 
     def _look_at_readiness(self) -> None:
@@ -520,7 +541,7 @@ class Grace:
         progress = self._progress()
         all_ready = 0 < progress["workers"] == progress["ready"]
         if self.is_successor:
-            said = (progress["ready"], progress["workers"], tuple(progress["pids"]))
+            said = (progress["ready"], progress["workers"], tuple(progress["pids"]), tuple(progress["serving"]))
             if said != self._said:
                 self._said = said
                 self.tell(say="progress", **progress)
@@ -830,8 +851,10 @@ class Grace:
         if stop.deadline.passed and self.arbiter.WORKERS:
             self.force_workers("the stop budget" if not stop.forced else f"forced by {stop.reason}")
         older = self.predecessors_alive() if stop.final else []
-        if self.arbiter.WORKERS or ((self.driver.under_way or older) and not stop.deadline.passed):
+        others = self.driver.under_way or older or self.orphans
+        if self.arbiter.WORKERS or (others and not stop.deadline.passed):
             return
+        self._see_out_orphans(now=True)
         for each in older:
             processes.kill_tree(each.pid)
         if self.driver.under_way and self.successor is not None:

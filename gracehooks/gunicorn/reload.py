@@ -285,6 +285,9 @@ class CohortHost:
             arbiter.log.exception("gracehooks: the log configuration could not be put back")
         self._old = {}
 
+    def clear_away(self) -> None:
+        """Nothing: the new workers are this master's own, and have left when the rollback ends."""
+
     def force_own(self) -> None:
         """Never asked: the old workers have their own bounds."""
 

@@ -68,6 +68,7 @@ class ReexecHost:
         self._said = b""
         self._ready, self._workers = 0, 0
         self._served: set[int] = set()
+        self._serving: set[int] = set()
         self._failure = ""
         self._status: int | None = None
         self._told_death = False
@@ -200,6 +201,7 @@ class ReexecHost:
             said = message.get("say")
             if said in ("hello", "progress", "ready"):
                 self._served.update(message.get("pids", ()))
+                self._serving.update(message.get("serving", ()))
                 self._ready, self._workers = message["ready"], message["workers"]
                 if said == "ready":
                     yield Fact(Happened.ALL_READY)
@@ -271,6 +273,16 @@ class ReexecHost:
             if processes.alive(pid) and (pid in tree or self._is_orphan_of_ours(pid)):
                 processes.kill_group(pid)
                 processes.signal_process(pid, signal.SIGKILL)
+
+    def clear_away(self) -> None:
+        """The successor is gone, killed perhaps: its workers that serve finish what they have, the others are killed."""
+        for pid in self._served:
+            if processes.alive(pid) and self._is_orphan_of_ours(pid):
+                if pid in self._serving:
+                    self._arbiter.grace.see_out(pid)
+                else:
+                    processes.kill_group(pid)
+                    processes.signal_process(pid, signal.SIGKILL)
 
     def _is_orphan_of_ours(self, pid: int) -> bool:
         try:

@@ -49,6 +49,9 @@ class Host(Protocol):
     def roll_back(self, force: bool) -> None:
         """Tell the successor's whole tree to go (TERM), or kill it."""
 
+    def clear_away(self) -> None:
+        """The successor's master is gone: whatever it left behind goes too, what serves in good order."""
+
     def force_own(self) -> None:
         """Kill what is left of the old workers."""
 
@@ -218,7 +221,7 @@ class Driver:
             self._bound = Deadline.after(1.0)
             host.force_own()
         elif action is Action.FINISH_ROLLBACK:
-            host.roll_back(True)  # whatever its master left behind
+            host.clear_away()
             self.last["state"] = "rolled_back"
             host.resume()
             phases = dict(self.last["phases"])
@@ -226,7 +229,7 @@ class Driver:
             self._record({**names, "outcome": "rolled_back", "reason": self._reason, "phases": phases, "lost": {}})
             self._host = None
         elif action is Action.RESUME:
-            host.roll_back(True)
+            host.clear_away()
             self.last["state"], self.last["reason"] = "rolled_back", f"resumed: {fact.reason}"
             host.resume()
             events.publish(events.UpgradeResumed(**identity, **names, reason=fact.reason))

@@ -56,7 +56,7 @@ class FakeHost:
         self.done.append("kill" if force else "term")
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("commit", "retire", "force_own", "resume", "detach", "leave"):
+        if name in ("clear_away", "commit", "retire", "force_own", "resume", "detach", "leave"):
             return lambda: self.done.append(name)
         raise AttributeError(name)
 
@@ -141,7 +141,7 @@ def test_a_failure_is_told_with_its_reason_and_forced_in_the_end(case: Case):
     assert case.host.done[-1] == "kill"
     case.happens(Happened.DIED, reason="SIGKILL")
     assert case.driver.state is State.SERVING
-    assert case.host.done[-2:] == ["kill", "resume"]  # whatever its master has left behind goes too
+    assert case.host.done[-2:] == ["clear_away", "resume"]  # whatever its master has left behind goes too
     assert case.records[0]["outcome"] == "rolled_back"
     assert case.records[0]["reason"] == "ImportError: no module"
     assert case.names()[-1] == "UpgradeRolledBack"
@@ -206,7 +206,7 @@ def test_a_successor_that_dies_while_we_leave_brings_us_back(case: Case):
     case.until(State.RETIRING)
     case.happens(Happened.DIED, reason="SIGKILL")
     assert case.driver.state is State.SERVING
-    assert case.host.done[-2:] == ["kill", "resume"]
+    assert case.host.done[-2:] == ["clear_away", "resume"]
     assert case.names()[-1] == "UpgradeResumed"
     assert case.records[0]["outcome"] == "rolled_back"
     case.host = FakeHost()

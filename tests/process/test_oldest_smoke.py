@@ -1,0 +1,45 @@
+"""The whole life of a server in a few seconds; tests/contract/test_oldest.py runs it on the oldest supported gunicorn."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+
+import pytest
+
+from tests.kit import apps, eventually, load, serve
+
+
+def test_this_is_the_gunicorn_that_was_asked_for():
+    wanted = os.environ.get("TEST_GUNICORN")
+    assert wanted in (None, version("gunicorn"))
+
+
+@pytest.mark.parametrize("worker", ["gracehooks.Worker", "sync"])
+def test_upgrade_reload_rollback_and_stop(worker: str):
+    kinds = ("new",) if worker == "sync" else ("new", "keepalive", "upload", "stream")
+    with serve(worker=worker, config="on_starting = gracehooks.on_starting\n") as server:
+        with load(server, kinds=kinds, clients=4) as traffic:
+            traffic.wait(20)
+            first = server.pid
+            verdict = server.upgrade()
+            assert verdict["event"] == "UpgradeCompleted", verdict
+            server.wait_gone(first)
+            assert server.pid == verdict["successor"]
+            verdict = server.reload()
+            assert verdict["event"] == "UpgradeCompleted", verdict
+            server.write("app.py", "raise RuntimeError('no such luck')\n")
+            for bad in (server.reload(), server.upgrade()):
+                assert bad["event"] == "UpgradeRolledBack", bad
+                assert "no such luck" in bad["reason"]
+            server.write("app.py", apps.WSGI)
+            server.signal("TTIN")
+            eventually(lambda: len(server.workers()) == 3)
+            second = server.pid
+            assert server.upgrade()["event"] == "UpgradeCompleted"
+            server.wait_gone(second)
+            assert len(server.workers()) == 3
+            traffic.wait(20)
+        assert not traffic.lost, traffic.table()
+        assert server.stop() == 0
+        assert server.history()[-1]["kind"] == "stop"
