@@ -164,13 +164,13 @@ def test_hooks_that_raise_and_releases_that_are_gone():
 
 
 def test_hanging_releases_are_rolled_back_in_time():
-    config = STOCK + "gracehooks.configure(ready_timeout=4, probation=1)\n"
+    config = STOCK + "gracehooks.configure(ready_timeout=5, probation=3)\n"
     hang = "import time; time.sleep(600)\n"
     bads = [
-        Bad("hang in import", "hung for 4 s while booting (0 of 2", app=hang, within=9),
-        Bad("hang in one worker", "(1 of 2", app=ONE_ONLY + "import time\nif FIRST: time.sleep(600)\n", within=9),
-        Bad("ready_path hangs", "hung for 4 s", config="gracehooks.configure(ready_path='/sleep?s=600')\n", within=9),
-        Bad("hang in the configuration", "no worker was ready", config="import time; time.sleep(600)\n", within=9),
+        Bad("hang in import", "hung for 5 s while booting (0 of 2", app=hang, within=10),
+        Bad("hang in one worker", "(1 of 2", app=ONE_ONLY + "import time\nif FIRST: time.sleep(600)\n", within=10),
+        Bad("ready_path hangs", "hung for 5 s", config="gracehooks.configure(ready_path='/sleep?s=600')\n", within=10),
+        Bad("hang in the configuration", "no worker was ready", config="import time; time.sleep(600)\n", within=10),
         Bad("crash in the probation", "in the probation", app=CRASH_IN_PROBATION),
     ]
     with serve(worker="sync", config=config) as server, load(server, kinds=("new",), clients=2) as traffic:

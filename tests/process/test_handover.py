@@ -32,7 +32,7 @@ def watched(path: Path) -> Iterator[list[str]]:
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.is_set():
+        while not ended.wait(0.0002):
             try:
                 pid = int(path.read_text())
             except (OSError, ValueError) as error:
@@ -98,7 +98,7 @@ def test_a_unix_socket_is_never_unlinked_on_the_way():
         ended = threading.Event()
 
         def watch() -> None:
-            while not ended.is_set():
+            while not ended.wait(0.0002):
                 if not path.exists():
                     missing.append(time.monotonic())
 

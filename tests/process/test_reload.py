@@ -9,7 +9,7 @@ import pytest
 
 from tests.kit import Late, Server, apps, eventually, load, serve, within
 
-MINE = "gracehooks.configure(ready_timeout=3)\n"
+MINE = "gracehooks.configure(ready_timeout=4)\n"
 
 
 def completed(server: Server) -> dict:
@@ -53,7 +53,7 @@ def test_good_and_bad_reloads_under_load_lose_nothing():
         server.write("app.py", "import sys; sys.exit(0)\n")
         rolled_back(server, "code 0", 1.0)
         server.write("app.py", "import time; time.sleep(600)\n")
-        rolled_back(server, "hung for 3 s while booting (0 of 2", 6.5)
+        rolled_back(server, "hung for 4 s while booting (0 of 2", 7.5)
         server.write("app.py", apps.WSGI)
         # The configuration file raises, exits, hangs, says something wrong.
         for config, reason, bound in (
@@ -63,7 +63,7 @@ def test_good_and_bad_reloads_under_load_lose_nothing():
             ("workers = 'many'\n", "many", 1.5),
             ("gracehooks.configure(probation=-1)\n", "probation", 1.5),
             ("worker_class = 'no.such.Worker'\n", "No module named 'no'", 1.5),
-            ("import time; time.sleep(600)\n", "hung for 3 s", 6.5),
+            ("import time; time.sleep(600)\n", "hung for 4 s", 7.5),
             ("gracehooks.configure(ready_path='/status')\n", "answered 500 on /status", 1.5),
         ):
             server.configure(MINE + config)
