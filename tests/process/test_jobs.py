@@ -1,0 +1,442 @@
+"""Jobs on real servers, all five classes: stuck ones, the order of the end, services, preloading, a killed worker.
+
+Where a test needs an application, it is one text for both worlds: `start(kind)` begins the work, and the WSGI or the ASGI
+layer answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.kit import Server, eventually, serve
+
+CLASSES = [
+    "gracehooks.Worker",
+    "gracehooks.SyncWorker",
+    "gracehooks.GeventWorker",
+    "gracehooks.ASGIWorker",
+    "gracehooks.UvicornWorker",
+]
+LOOPS = CLASSES[3:]
+
+WSGI = """
+def app(environ, start_response):
+    body = answer(environ["PATH_INFO"][1:]).encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+ASGI = """
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    body = answer(scope["path"][1:]).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+"""
+COMMON = """
+import asyncio, functools, os, signal, subprocess, sys, threading, time
+from pathlib import Path
+import gracehooks
+from gracehooks import jobs
+
+HERE = Path(__file__).resolve().parent
+
+
+def say(line):
+    with open(HERE / "said.txt", "a") as file:
+        file.write(line + "\\n")
+
+
+"""
+
+
+@contextmanager
+def server(worker: str, source: str, config: str = "", workers: int = 1, **more: Any) -> Iterator[Server]:
+    """A server whose application answers with `answer(kind)` of `source`."""
+    app = COMMON + source + (ASGI if worker in LOOPS else WSGI)
+    with serve(app, config, worker=worker, workers=workers, **more) as running:
+        yield running
+
+
+def said(running: Server) -> list[str]:
+    try:
+        return (running.dir / "said.txt").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def ended(running: Server) -> dict[str, Any]:
+    """The jobs of the workers that have ended, in numbers, once the equation was checked for each."""
+    total: dict[str, int] = {}
+    for event in running.events():
+        if event["event"] == "WorkerEnded":
+            jobs = event["jobs"]
+            assert jobs["accepted"] == sum(jobs[each] for each in ("succeeded", "failed", "cancelled", "abandoned")), (
+                event
+            )
+            assert len(event["lost"]["jobs"]) == jobs["abandoned"], event
+            for name, number in jobs.items():
+                total[name] = total.get(name, 0) + number
+    return total
+
+
+STUCK = """
+def hang(_):
+    time.sleep(3600)
+
+
+@jobs.job(on_abandon=hang)
+def hanging():
+    while True:
+        time.sleep(3600)
+
+
+def endless():
+    time.sleep(0.05)
+    threading.Thread(target=endless, name="endless").start()
+
+
+async def swallow():
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+
+
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(3600)"
+threading.excepthook = lambda args: None  # the last of the endless ones is refused, and would fill the log
+
+
+def answer(kind):
+    if kind == "jobs":
+        return " ".join(sorted(work.kind for work in jobs.active()))
+    pipe = None
+    if kind == "thread":
+        threading.Thread(target=functools.partial(time.sleep, 3600), name="in C").start()
+    elif kind == "hanging":
+        jobs.submit(hanging)
+    elif kind == "endless":
+        threading.Thread(target=endless, name="endless").start()
+    elif kind == "task":
+        asyncio.get_running_loop().create_task(swallow())
+    elif kind == "child":
+        pipe = subprocess.Popen([sys.executable, "-Sc", DEAF], stdout=subprocess.PIPE)
+    elif kind == "group":
+        pipe = jobs.popen([sys.executable, "-Sc", DEAF], stdout=subprocess.PIPE)
+    elif kind == "grandchild":
+        pipe = subprocess.Popen(["sh", "-c", f"setsid {sys.executable} -Sc '{DEAF}' & exit 0"], stdout=subprocess.PIPE)
+    if pipe is not None:
+        pipe.stdout.readline()
+        if kind == "grandchild":
+            pipe.wait()
+    return kind
+
+
+"""
+BUDGET = "gracehooks.configure(drain_timeout=1, job_timeout=0.8, job_grace=0.2, cleanup_timeout=0.5)"
+
+
+@pytest.mark.parametrize("worker", CLASSES)
+def test_whatever_is_stuck_is_reported_and_gone_within_the_budget(worker: str) -> None:
+    kinds = ["thread", "hanging", "endless", "child", "group", "grandchild"] + ["task"] * (worker in LOOPS)
+    with server(worker, STUCK, BUDGET) as running:
+        for kind in kinds:
+            running.get("/" + kind)
+        started = time.monotonic()
+        running.stop()
+        took = time.monotonic() - started
+        assert took < 2.3 + 1 + 3, "the budget, a second, and three for a busy machine"
+        assert running.processes() == []
+        lost = [job for event in running.events() if event["event"] == "WorkerEnded" for job in event["lost"]["jobs"]]
+        # The endless one is either given up, or fails in the same moment since the next one is refused.
+        assert sorted(job["kind"] for job in lost if job["name"] != "endless") == sorted(
+            ["thread"] * 2 + ["process"] * 3 + ["task"] * (worker in LOOPS)
+        )
+        assert {job["name"] for job in lost} >= {"in C", "hanging"}
+        assert all(job["age"] > 0 and job["where"] and job["id"] for job in lost), lost
+        assert ended(running)["abandoned"] in (len(kinds), len(kinds) - 1)
+        assert ended(running)["rejected"] <= 1
+
+
+def test_the_hammer_and_the_death_of_a_worker_leave_no_process() -> None:
+    with server("gracehooks.Worker", STUCK, BUDGET) as running:
+        for kind in ("child", "group", "grandchild", "thread"):
+            running.get("/" + kind)
+        # The grandchild shows as a job once its parent's end was looked into.
+        eventually(lambda: running.get("/jobs").text == "process process process thread")
+        mark = running.mark()
+        (worker,) = running.workers()
+        os.kill(worker, signal.SIGKILL)
+        running.wait_for("WorkerEnded", after=mark, worker=worker)
+        eventually(lambda: len(running.processes()) == 2, what="the master and the next worker alone")
+        assert ended(running)["abandoned"] == 4
+        for kind in ("child", "group", "grandchild"):
+            running.get("/" + kind)
+        pid = running.pid
+        running.signal("INT")
+        running.wait_gone(pid)
+        eventually(lambda: not running.processes())
+        assert ended(running)["abandoned"] == 7
+
+
+ORDER = """
+open_now = True
+
+
+@gracehooks.on_shutdown
+def close():
+    global open_now
+    open_now = False
+    say("closed")
+
+
+def work(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.001)
+    say("ended" if open_now else "LATE")
+
+
+async def work_task(seconds):
+    await asyncio.sleep(seconds)
+    say("ended" if open_now else "LATE")
+
+
+def answer(kind):
+    for number in range(40):
+        seconds = 0.2 + number * 0.002
+        if kind == "task":
+            jobs.create_task(work_task(seconds))
+            asyncio.get_running_loop().create_task(work_task(seconds))
+        elif kind == "jobs":
+            jobs.submit(work, seconds)
+            threading.Thread(target=work, args=(seconds,)).start()
+    return str(time.monotonic())
+
+
+"""
+
+
+@pytest.mark.parametrize("worker", ["gracehooks.Worker", "gracehooks.GeventWorker", "gracehooks.UvicornWorker"])
+def test_callbacks_come_after_the_last_job(worker: str) -> None:
+    with server(worker, ORDER) as running:
+        running.get("/task" if worker in LOOPS else "/jobs")
+        running.stop()
+        assert said(running) == ["ended"] * 80 + ["closed"]
+        assert ended(running)["succeeded"] == 80
+
+
+SERVICE = """
+@jobs.service
+def consume(token):
+    say("pulling")
+    while not token.wait(0.02):
+        pass
+    time.sleep(0.2)  # what was pulled is finished
+    jobs.run(["sh", "-c", f"sleep 0.2; echo child >> {HERE}/said.txt"])
+    say("finished")
+
+
+@jobs.service
+async def consume_async(token):
+    say("pulling async")
+    while not await token.wait(60):
+        pass
+    await asyncio.sleep(0.1)
+    say("finished async")
+
+
+@gracehooks.on_shutdown
+def close():
+    say("closed")
+
+
+def answer(kind):
+    return kind
+
+
+"""
+
+
+@pytest.mark.parametrize("worker", CLASSES)
+def test_services_run_in_every_worker_and_finish_what_they_have(worker: str) -> None:
+    with server(worker, SERVICE) as running:
+        eventually(lambda: sorted(said(running)) == ["pulling", "pulling async"])
+        running.stop()
+        assert sorted(said(running)[2:-1]) == ["child", "finished", "finished async"]
+        assert said(running)[-1] == "closed"
+        jobs = ended(running)
+        assert (jobs["accepted"], jobs["succeeded"]) == (3, 3)
+
+
+PRELOADED = """
+try:
+    jobs.submit(say, "in the master")
+except jobs.JobRejected as error:
+    say(f"refused: {error}")
+
+
+@jobs.service
+def consume(token):
+    say("service")
+    token.wait()
+
+
+def answer(kind):
+    if kind == "job":
+        jobs.submit(say, "in a worker")
+    return kind
+
+
+"""
+
+
+def test_a_job_that_is_submitted_while_the_master_preloads_is_refused() -> None:
+    with server("gracehooks.Worker", PRELOADED, "preload_app = True") as running:
+        running.get("/job")
+        eventually(lambda: len(said(running)) == 3)
+        assert said(running)[0].startswith("refused: a job was submitted in the master")
+        assert sorted(said(running)[1:]) == ["in a worker", "service"]
+        running.stop()
+        assert ended(running)["accepted"] == 2
+
+
+LEDGER = """
+import random, itertools
+
+NUMBERS = itertools.count()
+
+
+def note(line):
+    file = os.open(HERE / "ledger.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, (line + "\\n").encode())
+    os.close(file)
+
+
+def work(name, seconds, fails):
+    job = f"{os.getpid()} {jobs.current().id}"
+    note(f"begun {job}")
+    try:
+        if seconds > 1 and jobs.current().wait(seconds):
+            jobs.current().raise_if_set()
+        time.sleep(min(seconds, 1))
+        if fails:
+            raise RuntimeError("as asked")
+    except BaseException as error:
+        note(f"{'failed' if isinstance(error, RuntimeError) else 'cancelled'} {job}")
+        raise
+    note(f"ended {job}")
+
+
+async def work_task(name, seconds, fails):
+    job = f"{os.getpid()} {jobs.current().id}"
+    note(f"begun {job}")
+    try:
+        await asyncio.sleep(seconds)
+        if fails:
+            raise RuntimeError("as asked")
+    except BaseException as error:
+        note(f"{'failed' if isinstance(error, RuntimeError) else 'cancelled'} {job}")
+        raise
+    note(f"ended {job}")
+
+
+def answer(kind):
+    seconds, fails = random.choice([0.0, 0.05, 0.3, 30.0]), random.random() < 0.1
+    what = random.choice(["thread", "submit", "nested", "popen", "child", "task", "create_task"])
+    if what.endswith("task") and not LOOP:
+        what = "thread"
+    if what == "thread":
+        threading.Thread(target=work, args=("x", seconds, fails)).start()
+    elif what == "submit":
+        jobs.submit(work, "x", seconds, fails)
+    elif what == "nested":
+        jobs.submit(lambda: threading.Thread(target=work, args=("x", seconds, fails)).start())
+    elif what == "popen":
+        jobs.popen(["sleep", str(seconds)])
+    elif what == "child":
+        subprocess.Popen(["sleep", str(seconds)])
+    elif what == "task":
+        asyncio.ensure_future(work_task("x", seconds, fails))
+    else:
+        jobs.create_task(work_task("x", seconds, fails))
+    return what
+
+
+threading.excepthook = lambda args: None
+"""
+
+
+@pytest.mark.parametrize("worker", ["gracehooks.Worker", "gracehooks.UvicornWorker"])
+def test_the_equation_holds_whatever_ends_a_worker(worker: str) -> None:
+    """TEST_STOPS (6) ends of workers each, in a random order that TEST_ORDER (1) seeds."""
+    chance = random.Random(int(os.environ.get("TEST_ORDER", "1")))
+    stops = int(os.environ.get("TEST_STOPS", "6"))
+    config = "gracehooks.configure(drain_timeout=2, job_timeout=0.6, job_grace=0.3, cleanup_timeout=0.5, probation=0.1)"
+    source = f"LOOP = {worker in LOOPS}\n" + LEDGER
+    while stops > 0:
+        with server(worker, source, config, workers=2) as running:
+            for _ in range(min(stops, 6) - 1):
+                _some_requests(running, chance)
+                _one_end(running, chance)
+            _some_requests(running, chance)
+            pid = running.pid
+            running.signal(chance.choice(["TERM", "INT"]), pid)
+            running.wait_gone(pid)
+            eventually(lambda: not running.processes())
+            _compare(running)
+        stops -= 6
+
+
+def _some_requests(running: Server, chance: random.Random) -> None:
+    for _ in range(chance.randint(5, 15)):
+        running.get("/")
+
+
+def _one_end(running: Server, chance: random.Random) -> None:
+    what = chance.choice(["upgrade", "reload", "KILL", "TERM", "INT"])
+    if what in ("upgrade", "reload"):
+        assert getattr(running, what)()["event"] == "UpgradeCompleted"
+        return
+    mark = running.mark()
+    worker = chance.choice(running.workers())
+    os.kill(worker, getattr(signal, f"SIG{what}"))
+    running.wait_for("WorkerEnded", after=mark, worker=worker)
+    running.wait_for("WorkerReady", after=mark)
+
+
+def _compare(running: Server) -> None:
+    """What the workers' ends say against what the jobs themselves wrote down."""
+    ended(running)
+    ledger: dict[str, set[tuple[int, int]]] = {"begun": set(), "ended": set(), "failed": set(), "cancelled": set()}
+    for line in (running.dir / "ledger.txt").read_text().splitlines():
+        what, pid, number = line.split()
+        ledger[what].add((int(pid), int(number)))
+    ends = {event["worker"]: event for event in running.events() if event["event"] == "WorkerEnded"}
+    assert {pid for pid, _ in ledger["begun"]} <= set(ends)
+    lost = {(pid, job["id"]) for pid, event in ends.items() for job in event["lost"]["jobs"]}
+    unfinished = ledger["begun"] - ledger["ended"] - ledger["failed"] - ledger["cancelled"]
+    assert unfinished <= lost, "nothing is lost in silence"
+    for pid, event in ends.items():
+        jobs = event["jobs"]
+        mine = {what: sum(1 for each, _ in found if each == pid) for what, found in ledger.items()}
+        assert jobs["accepted"] >= mine["begun"]
+        # A job that has just written its line may be given up before it is counted.
+        for what, count in (("failed", "failed"), ("cancelled", "cancelled"), ("ended", "succeeded")):
+            assert mine[what] <= jobs[count] + jobs["abandoned"], (event, mine)
+        if event["reason"] == "drained":
+            assert not event["lost"]["jobs"]
+            assert jobs["abandoned"] == 0
