@@ -821,7 +821,7 @@ class Grace:
         stop = self.stopping
         stop.forced, stop.draining, stop.lame_duck = True, True, None
         stop.deadline = stop.deadline.earlier(Deadline.after(HAMMER_WITHIN))
-        if self.successor is not None:
+        if self.successor is not None and self.driver.under_way:  # one that was committed serves, and stays
             self.successor.roll_back(True)
         if stop.final:
             for each in self.predecessors_alive():
@@ -853,6 +853,9 @@ class Grace:
         older = self.predecessors_alive() if stop.final else []
         others = self.driver.under_way or older or self.orphans
         if self.arbiter.WORKERS or (others and not stop.deadline.passed):
+            return
+        if self.retiring:
+            self.driver.workers_gone()  # the successor serves: it is told what was lost, and records it
             return
         self._see_out_orphans(now=True)
         for each in older:

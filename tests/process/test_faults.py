@@ -96,7 +96,7 @@ def reach(server: Server, state: str) -> dict[str, Any]:
     return started
 
 
-@pytest.mark.parametrize(("fault", "target", "state"), CASES, ids=" ".join)
+@pytest.mark.parametrize(("fault", "target", "state"), CASES, ids=[", ".join(each) for each in CASES])
 def test_a_fault(fault: str, target: str, state: str):
     with serve(app=APP, config=CONFIG) as server:
         old, old_workers = server.pid, server.workers()
@@ -124,8 +124,8 @@ def test_a_fault(fault: str, target: str, state: str):
                 traffic.wait(20)
         lost = [each for each in traffic.lost if not (ended_here and each["outcome"] == "refused")]
         forced = (fault == "KILL" and "worker" in target) or fault == "INT"
-        # Inside a process that was forced were at most one request of each client, and the one that was held.
-        assert len(lost) <= (4 if forced else 0), traffic.table()
+        # Inside a worker that was forced is at most one request of each client; the hammer forces several workers.
+        assert len(lost) <= (8 if fault == "INT" else 4 if forced else 0), traffic.table()
         assert answer == 200 or forced or (target == "old master" and fault == "KILL"), answer
 
 

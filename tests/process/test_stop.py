@@ -190,3 +190,20 @@ def test_workers_whose_master_was_killed_leave():
             workers = server.workers()
             os.kill(server.pid, signal.SIGKILL)
             eventually(lambda each=workers: not any(map(alive, each)), what=f"the end of the orphaned {worker}")
+
+
+def test_the_hammer_to_a_master_that_retires_leaves_the_new_one_alone():
+    with serve(app=APP, config="gracehooks.configure(drain_timeout=60)\n") as server:
+        with asking(server, "/sleep?s=90") as answers:
+            old = server.pid
+            verdict = server.upgrade()
+            assert verdict["event"] == "UpgradeCompleted"
+            server.wait_for("MasterPromoted", pid=verdict["successor"])
+            server.signal("INT", old)
+            server.wait_gone(old)
+        assert isinstance(answers["/sleep?s=90"], Exception)
+        assert server.pid == verdict["successor"]
+        assert server.get("/fast").status == 200
+        retired = server.wait_for("GenerationRetired")
+        assert [each["path"] for each in retired["lost"]["requests"]] == ["/sleep"]
+        assert server.stop() == 0
