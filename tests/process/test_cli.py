@@ -34,7 +34,8 @@ def test_upgrade_rollback_reload_and_what_the_history_says(server):
         code, said = ask(server, "upgrade")
         assert (code, said["outcome"], said["generation"]) == (0, "completed", 2)
         assert said["phases"]["probation"] >= 0.3
-        assert server.get("/version").text == "2"
+        eventually(lambda: server.get("/version").text == "2")  # the old generation may answer until it has left
+        server.wait_for("GenerationRetired", id=said["id"])
 
         server.write("app.py", "raise LookupError('no such luck')")
         code, said = ask(server, "upgrade")

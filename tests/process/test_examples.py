@@ -49,6 +49,7 @@ def test_the_tutorial_runs():
         assert re.match(
             r"upgrade completed: generation 2 serves \(booting \d+\.\d+ s, probation 2\.\d+ s\)", done.stdout
         )
+        eventually(lambda: not server.status()["draining"])  # until then both may answer
         assert server.get("/").text.startswith("release two")
         server.write("app.py", "import nothing_of_that_name")
         done = server.cli("upgrade", *target)
