@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gracehooks.check import report
-from gracehooks.check.deployments import Asked, deployments
+from gracehooks.check.deployments import Asked, each_deployment
 from gracehooks.check.rules import judge
 
 __all__ = ["add_arguments", "main"]
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | argparse.Namespace | None = None) -> int:
         boot_timeout=options.timeout,
     )
     try:
-        results = [(facts, judge(facts)) for facts, _ in deployments(asked)]
+        results = [(facts, judge(facts)) for facts, _ in each_deployment(asked)]
     except (OSError, ValueError, configparser.Error) as error:
         print(f"gracehooks check: {error}", file=sys.stderr)
         return USAGE

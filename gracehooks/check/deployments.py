@@ -12,7 +12,7 @@ from gracehooks.check import host, manifests, programs, units
 from gracehooks.check.facts import Command, Facts, Image, Service, Workload
 from gracehooks.gunicorn.reading import Reading, Request, read
 
-__all__ = ["Asked", "deployments"]
+__all__ = ["Asked", "each_deployment"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Deployment:
     probes: tuple[str, ...] = ()
 
 
-def deployments(asked: Asked) -> Iterator[tuple[Facts, Reading]]:
+def each_deployment(asked: Asked) -> Iterator[tuple[Facts, Reading]]:
     """The facts of each deployment that is named; of the bare configuration where none is.
 
     Raises OSError, ValueError and what `manifests` and `programs` raise for files that are not what they should be.

@@ -11,12 +11,15 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from gracehooks import check
+from gracehooks.check import deployments
+from gracehooks.gunicorn import reading
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = """
@@ -79,6 +82,31 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "app.py").write_text(APP)
     (tmp_path / "gunicorn.conf.py").write_text(CONF)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Such a directory for many tests, and what was read in it so far."""
+    directory = tmp_path_factory.mktemp("sound")
+    (directory / "app.py").write_text(APP)
+    (directory / "gunicorn.conf.py").write_text(CONF)
+    return directory, {}
+
+
+@pytest.fixture
+def shelf(sound, monkeypatch):
+    """The sound directory; only deployments differ in it, so equal requests are read once."""
+    directory, readings = sound
+    monkeypatch.chdir(directory)
+
+    def read(request, **limits):
+        key = json.dumps(asdict(request))
+        if key not in readings:
+            readings[key] = reading.read(request, **limits)
+        return readings[key]
+
+    monkeypatch.setattr(deployments, "read", read)
+    return directory
 
 
 # -- the server -----------------------------------------------------------------------------------------------------
@@ -199,18 +227,18 @@ SYSTEMD = {
 }
 
 
-def test_a_sound_unit_is_clean(place, capsys):
-    assert found(capsys, "--unit", unit(place)) == []
-    assert found(capsys, "--unit", unit(place, Type="notify-reload", ExecReload=None)) == []
-    sealed = {"ProtectSystem": "strict", "ReadWritePaths": str(place)}
-    assert found(capsys, "--unit", unit(place, **sealed)) == []
+def test_a_sound_unit_is_clean(shelf, capsys):
+    assert found(capsys, "--unit", unit(shelf)) == []
+    assert found(capsys, "--unit", unit(shelf, Type="notify-reload", ExecReload=None)) == []
+    sealed = {"ProtectSystem": "strict", "ReadWritePaths": str(shelf)}
+    assert found(capsys, "--unit", unit(shelf, **sealed)) == []
     bash = "/bin/bash -c 'cd . && gunicorn app:app'"  # bash replaces itself
-    assert found(capsys, "--unit", unit(place, ExecStart=bash)) == []
+    assert found(capsys, "--unit", unit(shelf, ExecStart=bash)) == []
 
 
 @pytest.mark.parametrize(("changes", "codes"), SYSTEMD.values(), ids=SYSTEMD)
-def test_a_trap_in_a_unit_is_found(place, capsys, changes, codes):
-    assert found(capsys, "--unit", unit(place, **changes)) == codes
+def test_a_trap_in_a_unit_is_found(shelf, capsys, changes, codes):
+    assert found(capsys, "--unit", unit(shelf, **changes)) == codes
 
 
 # -- supervisord ----------------------------------------------------------------------------------------------------
@@ -237,14 +265,14 @@ SUPERVISORD = {
 }
 
 
-def test_a_sound_section_is_clean(place, capsys):
-    assert found(capsys, "--supervisor", section(place)) == []
-    assert found(capsys, "--supervisor", section(place, stopasgroup="true")) == []
+def test_a_sound_section_is_clean(shelf, capsys):
+    assert found(capsys, "--supervisor", section(shelf)) == []
+    assert found(capsys, "--supervisor", section(shelf, stopasgroup="true")) == []
 
 
 @pytest.mark.parametrize(("changes", "codes"), SUPERVISORD.values(), ids=SUPERVISORD)
-def test_a_trap_in_a_section_is_found(place, capsys, changes, codes):
-    assert found(capsys, "--supervisor", section(place, **changes)) == codes
+def test_a_trap_in_a_section_is_found(shelf, capsys, changes, codes):
+    assert found(capsys, "--supervisor", section(shelf, **changes)) == codes
 
 
 # -- Kubernetes -----------------------------------------------------------------------------------------------------
@@ -319,9 +347,8 @@ KUBERNETES = {
 
 
 @pytest.mark.parametrize(("change", "codes"), KUBERNETES.values(), ids=KUBERNETES)
-def test_a_trap_in_a_manifest_is_found(place, capsys, change, codes):
-    (place / "gunicorn.conf.py").unlink()
-    assert found(capsys, "--manifest", manifest(place, change)) == codes
+def test_a_trap_in_a_manifest_is_found(shelf, capsys, change, codes):
+    assert found(capsys, "--manifest", manifest(shelf, change)) == codes
 
 
 def test_probes_are_asked_of_the_booted_application(place, capsys):
@@ -355,16 +382,16 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize(("changes", "codes"), CONTAINERS.values(), ids=CONTAINERS)
-def test_a_trap_in_a_compose_file_is_found(place, capsys, changes, codes):
-    assert found(capsys, "--manifest", compose(place, **changes)) == codes
+def test_a_trap_in_a_compose_file_is_found(shelf, capsys, changes, codes):
+    assert found(capsys, "--manifest", compose(shelf, **changes)) == codes
 
 
-def test_a_sound_compose_file_is_clean(place, capsys):
-    assert found(capsys, "--manifest", compose(place)) == []
+def test_a_sound_compose_file_is_clean(shelf, capsys):
+    assert found(capsys, "--manifest", compose(shelf)) == []
 
 
-def test_traps_in_a_dockerfile_are_found(place, capsys):
-    path = place / "Dockerfile"
+def test_traps_in_a_dockerfile_are_found(shelf, capsys):
+    path = shelf / "Dockerfile"
     path.write_text("FROM python:3.13\nSTOPSIGNAL SIGQUIT\nCMD gunicorn -b 0.0.0.0:8000 app:app\n")
     assert found(capsys, "--manifest", str(path)) == ["container-stop-signal", "container-shell"]
     path.write_text(
