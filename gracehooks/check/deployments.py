@@ -54,7 +54,7 @@ def each_deployment(asked: Asked) -> Iterator[tuple[Facts, Reading]]:
         request = _request(asked, each)
         found = read(request, timeout=asked.timeout, boot_timeout=asked.boot_timeout)
         seen = None
-        if each.here:
+        if each.here and (not each.directory or os.path.isdir(each.directory)):
             places = [each.directory, each.command.program if each.command is not None else ""]
             seen = host.look(found.server, found.settings, each.user, places)
         yield (

@@ -79,6 +79,8 @@ def _title(facts: Facts) -> str:
 def _boot(facts: Facts) -> str:
     boot = facts.boot
     budget = f"a stop lasts at most {facts.budget:g} s" if facts.server is not None else "not read"
+    if facts.host is None and (facts.unit is not None or facts.program is not None):
+        budget += "; its directory is not on this host, so no path was looked at"
     if boot is None:
         return f"{budget}; not booted"
     if boot.failure:

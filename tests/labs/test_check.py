@@ -411,12 +411,18 @@ def test_the_examples_are_clean(place, capsys):
     for path in sorted(examples.glob("systemd/*.service")):
         conf = path.parent / "gunicorn.conf.py"
         here = place / path.name  # without its user, who may see neither this directory nor this interpreter
-        here.write_text(re.sub(r"(?m)^(User|Group)=.*\n", "", path.read_text()))
+        here.write_text(without_user(path))
         assert traps(capsys, "--unit", str(here), "-c", str(conf)) == [], path
-    for path in sorted(examples.glob("supervisord/*.conf")):
-        assert traps(capsys, "--supervisor", str(path)) == [], path
+    for path in sorted(examples.rglob("supervisord*.conf")):
+        here = place / path.name
+        here.write_text(without_user(path))
+        assert traps(capsys, "--supervisor", str(here)) == [], path
     for path in [*examples.rglob("compose*.y*ml"), *examples.rglob("Dockerfile")]:
         assert traps(capsys, "--manifest", str(path)) == [], path
+
+
+def without_user(path: Path) -> str:
+    return re.sub(r"(?mi)^(user|group)=.*\n", "", path.read_text())
 
 
 def traps(capsys, *words: str) -> list[str]:
