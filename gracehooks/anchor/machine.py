@@ -39,8 +39,9 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 NOW = (signal.SIGHUP, signal.SIGUSR2)
 #: How long a stop may last where no master has said its budget, and after INT or QUIT, in seconds.
 UNKNOWN_BUDGET, QUICK = 600.0, 40.0
-#: What a master gets beyond its own bound before it is killed, and what the kernel gets to end what was killed.
-MARGIN = 5.0
+#: What a master gets beyond its own bound before it is killed, and what the kernel gets to end what was killed. Less than
+#: the 5 s that the supervisor adds to the budget: the anchor is to be the first.
+MARGIN = 3.0
 #: The waits between starts, in seconds: none, then the first, doubled up to the longest.
 BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
 #: So many deaths in a row without ever being ready, and the anchor ends with the last code.
