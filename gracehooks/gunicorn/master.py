@@ -463,7 +463,9 @@ class Grace:
             self._fail(failure)
             return
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
-        if not self._ever_ready and code in (self.arbiter.WORKER_BOOT_ERROR, self.arbiter.APP_LOAD_ERROR):
+        # Where a worker serves, the server goes on with it; the others are tried again.
+        serves = self._ever_ready or any(each.page.ready for each in self.arbiter.WORKERS.values())
+        if not serves and code in (self.arbiter.WORKER_BOOT_ERROR, self.arbiter.APP_LOAD_ERROR):
             raise HaltServer(failure, code)
 
     def _fail(self, reason: str) -> None:
