@@ -22,7 +22,7 @@ from tests.kit.server import hold_port
 
 pytestmark = pytest.mark.lab
 
-REQUESTS = int(os.environ.get("TEST_REQUESTS", "400"))
+REQUESTS = int(os.environ.get("TEST_REQUESTS", "800"))
 CLIENTS = 100
 UPGRADES = 3
 PATH = "/sleep?max=1"
@@ -168,11 +168,13 @@ def test_upgrades_behind_nginx_lose_nothing(keepalive):
         nginx_before(server, keepalive=keepalive) as nginx,
         ab(nginx.port) as bench,
     ):
+        under_load = 0
         for number in range(1, UPGRADES + 1):
             eventually(lambda number=number: answered(nginx) >= number * REQUESTS // 10, what="answers through nginx")
             assert server.upgrade()["event"] == "UpgradeCompleted"
-        if bench.poll() is not None:
-            raise Late("the load was over before the upgrades were")
+            under_load += bench.poll() is None
+        if not under_load:  # on a slow machine the last ones may come after the load
+            raise Late("the load was over before the first upgrade was")
         found = conclude(bench)
         assert found.complete == REQUESTS, found.text
         assert found.lost == 0, found.text
