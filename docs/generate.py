@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from gracehooks import cli, demo, events, logs, settings
+from gracehooks import cli, demo, events, jobs, logs, settings
 from gracehooks.gunicorn.arbiter import GracefulArbiter
+from gracehooks.jobs.infrastructure import PACKAGES
 from gracehooks.upgrade import machine
 
 HERE = Path(__file__).resolve().parent
@@ -151,6 +153,43 @@ def upgrade_diagram() -> str:
     return "\n".join([*lines, "    RETIRED --> [*]", "```"])
 
 
+def _signature(function: Callable[..., object]) -> str:
+    """The parameters without their types, which the table has no room for."""
+    plain = [each.replace(annotation=each.empty) for each in inspect.signature(function).parameters.values()]
+    return (
+        str(inspect.Signature([each for each in plain if each.name != "self"]))
+        .replace(" = ", "=")
+        .replace(repr(signal.SIGTERM), "SIGTERM")
+    )
+
+
+def _row(name: str, thing: object) -> str:
+    doc = " ".join((inspect.getdoc(thing) or "").split()).replace("|", "/")
+    return f"| `{name}` | {doc} |"
+
+
+def jobs_table() -> str:
+    rows = ["| name | |", "| --- | --- |"]
+    for name in sorted(jobs.__all__, key=lambda name: (name[0].isupper(), name)):
+        thing = getattr(jobs, name)
+        callable_one = inspect.isfunction(thing) or name == "Executor"
+        shown = _signature(thing.__init__ if inspect.isclass(thing) else thing) if callable_one else ""
+        rows.append(_row(name + (shown or "()" * (name == "shield")), thing))
+    return "\n".join(rows)
+
+
+def token_table() -> str:
+    rows = ["| name | |", "| --- | --- |"]
+    for name in ("is_set", "wait", "raise_if_set", "remaining"):
+        method = getattr(jobs.Token, name)
+        rows.append(_row(name + _signature(method), method))
+    return "\n".join(rows)
+
+
+def infrastructure_list() -> str:
+    return ", ".join(f"`{each}`" for each in sorted(PACKAGES, key=str.lower)) + "."
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "events": events_list,
@@ -158,6 +197,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "cli": cli_reference,
     "exits": exits_table,
     "upgrade-diagram": upgrade_diagram,
+    "jobs": jobs_table,
+    "jobs-token": token_table,
+    "jobs-infrastructure": infrastructure_list,
 }
 
 

@@ -1,0 +1,25 @@
+"""Flask: a view starts a plain thread and answers at once. Nothing of gracehooks is in it, and no deploy loses the mail."""
+
+import threading
+import time
+
+from flask import Flask
+
+app = Flask(__name__)
+
+
+@app.get("/")
+def index() -> str:
+    return "hello from Flask\n"
+
+
+@app.post("/orders/<int:number>/mail")
+def mail(number: int) -> tuple[str, int]:
+    threading.Thread(target=send_mail, args=(number,), name=f"mail for order {number}").start()
+    return "on its way\n", 202
+
+
+def send_mail(number: int) -> None:
+    """Talks to a slow mail server."""
+    time.sleep(1)
+    app.logger.warning("sent the mail for order %d", number)
