@@ -367,6 +367,8 @@ class Grace:
             if status is not None:
                 self.arbiter.reexec_pid = 0
                 self.successor.ended(status)
+        if getattr(self.arbiter, "dirty_arbiter_pid", 0):
+            self.arbiter.reap_dirty_arbiter()  # gunicorn 25 and newer: its pool for long work
         if os.getpid() == 1:
             self._reap_orphans()
 
@@ -925,6 +927,7 @@ class Grace:
             while self.arbiter.WORKERS and not until.passed:
                 self.reap()
                 time.sleep(0.02)
+        self._end_dirty_arbiter()
         if final and not self._finished:
             listeners.unlink_paths(each for each in self.arbiter.LISTENERS if self._is_ours(each))
         for each in self.arbiter.LISTENERS:
@@ -933,6 +936,21 @@ class Grace:
         if final:
             self.write_status(now=True, state="stopped")
             self.book.unregister(os.getpid())
+
+    def _end_dirty_arbiter(self) -> None:
+        """gunicorn's pool for long work goes after the workers, which may have been waiting for it; bounded."""
+        arbiter = self.arbiter
+        if not getattr(arbiter, "dirty_arbiter_pid", 0):
+            return
+        arbiter.kill_dirty_arbiter(signal.SIGTERM if not self.stopping_forced else signal.SIGQUIT)
+        until = Deadline.after(HAMMER_WITHIN if self.stopping_forced else self.settings.cleanup_timeout)
+        while arbiter.dirty_arbiter_pid and not until.passed:
+            arbiter.reap_dirty_arbiter()
+            time.sleep(0.02)
+        if arbiter.dirty_arbiter_pid:
+            arbiter.log.error("gracehooks: the dirty arbiter had not left in time and was killed")
+            processes.kill_tree(arbiter.dirty_arbiter_pid)
+            arbiter.reap_dirty_arbiter()
 
     # -- files ---------------------------------------------------------------------------------------------------
     def record(self, record: dict[str, Any]) -> None:
