@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,19 +156,43 @@ def test_the_container_ends_with_the_servers_code(command: str, code: int) -> No
     assert done.returncode == code
 
 
-def test_the_examples_say_the_same_and_have_no_trap(
+def test_the_examples_start_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No engine is at hand: the two command lines are the same, and nothing in them is a trap."""
+    """No engine is at hand: image and service start the same, nothing in them is a trap, and it runs as PID 1 of a namespace
+    until the health check is content; then TERM.
+    """
     composed = yaml.safe_load((EXAMPLES / "compose.yaml").read_text())["services"]["site"]
     image = (EXAMPLES / "Dockerfile").read_text()
     written = json.loads(image[image.index("CMD ") + 4 :].replace("\\\n", ""))
-    assert [each.replace("--bind", "-b") for each in written] == composed["command"]
+    assert written == composed["command"]
     monkeypatch.chdir(EXAMPLES)
     for name in ("Dockerfile", "compose.yaml"):
         check.main(["--manifest", name, "--no-boot", "--json"])
         said = json.loads(capsys.readouterr().out)
         assert [each["code"] for one in said["checked"] for each in one["findings"]] == [], name
-    probe = composed["healthcheck"]["test"]
-    assert probe[:3] == ["CMD", "python", "-c"]
-    compile(probe[3], "healthcheck", "exec")
+    for name in ("gunicorn.conf.py", "flask_app.py"):
+        shutil.copy(EXAMPLES / name, tmp_path)
+    held = socket.socket()  # bound and not listening: nobody else gets the port, and gunicorn may bind it
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = str(held.getsockname()[1])
+    here = {"gracehooks": f"{sys.executable} -m gracehooks", "gunicorn": f"{sys.executable} -m gunicorn"}
+    command = [part for each in written for part in here.get(each, each).split()]
+    command = [each.replace("8000", port).replace("/tmp/", f"{tmp_path}/") for each in command]
+    process = subprocess.Popen([*namespace(), *command], cwd=tmp_path, stdin=subprocess.DEVNULL)
+    try:
+        kind, _, *probe = composed["healthcheck"]["test"]
+        assert kind == "CMD"
+        probe = [sys.executable, *(each.replace("8000", port) for each in probe)]
+        eventually(
+            lambda: subprocess.run(probe, capture_output=True, timeout=60, check=False).returncode == 0,
+            what="a content health check",
+        )
+        (anchor,) = processes.children(process.pid)
+        os.kill(anchor, signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        held.close()
