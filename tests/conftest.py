@@ -18,6 +18,8 @@ LONGEST = float(os.environ.get("TEST_LONGEST", "300"))
 # A shell starts background commands with SIGINT ignored, and servers inherit that: INT would do nothing in them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Whoever ends the tests with TERM must not leave servers behind: it unwinds like INT, through every teardown.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _too_long(*_: Any) -> None:
