@@ -11,7 +11,7 @@ How a worker class uses it, in this order:
 
     drain = Drain(page, settings, log, host, parent=ppid)   in the worker process, after the fork
     drain.watch()                    starts the sentinel
-    number = drain.begin(method, path) … drain.end(number)   round each request, from parsed to answered
+    slot = drain.begin(method, path, handle) … drain.end(slot)   round each request, from parsed to answered
     drain.told("SIGTERM")            in the signal handler
     drain.look()                     at each heartbeat; True when it is time to leave (also for an order, or an orphan)
     drain.accepting_ends()           stop accepting; when `drain.final`, serve what waits at the listener first
@@ -25,7 +25,6 @@ It knows no server: a `Host` is what it needs of one.
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
 import sys
@@ -126,8 +125,8 @@ class Drain:
         #: Whether the worker was told to leave at once.
         self.hammered = False
         self._unread = 0
-        self._numbers = itertools.count()
-        self._in_flight: dict[int, tuple[requests.Ticket, str, str, float, object]] = {}
+        self._handles: dict[int, object] = {}
+        self._mark = requests._current.set
         self._said: set[int] = set()
         self._said_jobs: set[int] = set()
         self._abandoned: list[dict[str, Any]] = []
@@ -142,40 +141,33 @@ class Drain:
         self._sentinel: Sentinel | None = None
 
     # -- requests ------------------------------------------------------------------------------------------------
-    def begin(self, method: str, path: str, handle: object = None, *, mark: bool = True) -> int:
-        """A request was parsed; gives the number that `end` takes.
+    def begin(self, method: str, path: str, handle: object) -> int:
+        """A request was parsed, and this context is its own now; gives the slot that `end` takes.
 
-        `handle` is what runs it (a thread's identifier, a greenlet, a task; this thread when None). `mark` marks the
-        present context as the request's.
+        `handle` is what runs it: a thread's identifier, a greenlet or a task.
         """
-        number = next(self._numbers)
-        self._in_flight[number] = (
-            requests.begin(self.page, method, path, mark=mark),
-            method,
-            path,
-            time.monotonic(),
-            threading.get_ident() if handle is None else handle,
-        )
-        return number
+        slot = self.page.begin(method, path)
+        self._handles[slot] = handle  # a handle outlives its request; nobody looks at the one of a free slot
+        self._mark(slot)
+        return slot
 
-    def end(self, number: int) -> None:
+    def end(self, slot: int) -> None:
         """Its answer was sent, or it failed; in the context of `begin`."""
-        entry = self._in_flight.pop(number, None)
-        if entry is not None:
-            requests.end(entry[0])
+        self._mark(None)
+        self.page.end(slot)
 
     @property
     def in_flight(self) -> int:
         """How many requests have begun and not ended."""
-        return len(self._in_flight) if self.account is None else len(self.account())
+        return self.page.in_flight if self.account is None else len(self.account())
 
     def running(self) -> dict[int, tuple[RequestInFlight, object]]:
-        """The requests in flight, each under its number, with what runs it."""
+        """The requests in flight, each under a number of its own, with what runs it; without those that have no slot."""
         if self.account is not None:
             return dict(self.account())
         return {
-            number: (RequestInFlight(method, path.partition("?")[0], started), handle)
-            for number, (_, method, path, started, handle) in list(self._in_flight.items())
+            hash((slot, request.started)): (request, self._handles.get(slot))
+            for slot, request in self.page.slots().items()
         }
 
     # -- told ----------------------------------------------------------------------------------------------------
@@ -356,8 +348,10 @@ class Drain:
             number: report.facts(request, handle, frames, self._main)
             for number, (request, handle) in self.running().items()
         }
-        # Connections whose request nobody has read have no name; each is a loss all the same.
-        found.update({-number: dict(UNREAD) for number in range(1, self._unread + 1)})
+        # Requests that nobody has read, and those for which the page had no room, have no name; they are losses all the
+        # same.
+        nameless = self._unread + max(0, self.in_flight - len(found))
+        found.update({-number: dict(UNREAD) for number in range(1, nameless + 1)})
         self.page.report = report.as_json(found.values(), self._abandoned, reason) if found or self._abandoned else ""
         return found, self._abandoned
 

@@ -18,6 +18,8 @@ import threading
 import time
 from typing import Any, Literal
 
+from gunicorn.http.message import Message
+
 from gracehooks import jobs
 from gracehooks.drain.driver import Drain
 from gracehooks.gunicorn.workers.attached import Attached
@@ -25,6 +27,10 @@ from gracehooks.jobs import tracker
 from gracehooks.readiness import watch
 
 __all__ = ["Drained", "Leaving"]
+
+
+#: The shortest time between two heartbeats of the loop, in seconds.
+BEAT = 0.25
 
 
 class Leaving(BaseException):  # no error, and no `except Exception` may swallow it
@@ -56,6 +62,7 @@ class Drained(Attached):
 
     #: gunicorn's hook for the signal that ends the worker now, where its own thread may be stuck before it runs it.
     hook_before_exit: Any = None
+    _next_beat = 0.0
     _alive = True
     _serving = False
     _recycle_at = sys.maxsize
@@ -130,11 +137,19 @@ class Drained(Attached):
         raise NotImplementedError
 
     def notify(self) -> None:
-        """The heartbeat, and the moment at which the worker leaves gunicorn's loop."""
-        super().notify()
-        self._leave_if_hammered()
-        if self._serving and self.leaves_at_notify and self.drain.look() and self.at_loop():
-            raise Leaving
+        """The heartbeat, and the moment at which the worker leaves gunicorn's loop.
+
+        gunicorn's loops call it at each turn; four beats a second are enough. The sentinel looks at the order and at the
+        parent as often, so here it is one look at a flag.
+        """
+        if self.drain.leaving:
+            self._leave_if_hammered()
+            if self._serving and self.leaves_at_notify and self.at_loop():
+                raise Leaving
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + BEAT
+            super().notify()
 
     def _leave_if_hammered(self) -> None:
         # The exit that the handler raised inside of a request was swallowed: gunicorn's sync worker answers 500 then.
@@ -144,7 +159,7 @@ class Drained(Attached):
 
     def at_loop(self) -> bool:
         """Whether this call comes from gunicorn's loop; an application may call `notify` too."""
-        return threading.current_thread() is threading.main_thread() and not self.drain.in_flight
+        return threading.get_ident() == threading.main_thread().ident
 
     @property
     def alive(self) -> bool:
@@ -159,8 +174,7 @@ class Drained(Attached):
             self.drain.told("the worker was asked to stop")
 
     def is_parent_alive(self) -> bool:
-        """gunicorn's loops end when the parent has changed; ours drains."""
-        self.drain.look()
+        """gunicorn's loops end when the parent has changed; the sentinel sees that, and ours drains."""
         return True
 
     # -- signals -----------------------------------------------------------------------------------------------------
@@ -237,6 +251,23 @@ class Drained(Attached):
             self.page.wants_replacement = True
             self.log.info("gracehooks: max_requests reached, asking for a replacement")
             self.wake_master()
+
+
+def announce(drain: Drain) -> None:
+    """Have the answers of this process say `Connection: close` once the worker leaves.
+
+    gunicorn asks `Message.should_close` when it writes an answer's head, and again when the answer is sent: a worker that
+    is told to leave in between must not close a connection whose answer said that it stays. So what was said once stands.
+    """
+    stock = Message.should_close
+
+    def should_close(message: Any) -> bool:
+        said = getattr(message, "_said", None)
+        if said is None:
+            said = message._said = drain.leaving or stock(message)
+        return said or message.must_close
+
+    Message.should_close = should_close
 
 
 def _caller() -> Any:

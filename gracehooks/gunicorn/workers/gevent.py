@@ -1,8 +1,8 @@
 """`gracehooks.GeventWorker`: gunicorn's gevent worker that leaves without losing.
 
 gunicorn's handling of a connection is kept; the loop that starts the servers and looks at the clock is ours, since
-gunicorn's sleeps a second at a time. A connection waits for the first byte of a request here, outside of the parser: so a
-drain knows which connections are idle and lets them linger, and a request that has begun to arrive is read to its end.
+gunicorn's sleeps a second at a time. A connection knows whether a byte of its next request has been read: so a drain lets
+idle ones linger, and a request that has begun to arrive is read to its end.
 
 It relies on `handle`, `handle_request`, `handle_http2`, `timeout_ctx` and `patch` of gunicorn's `GeventWorker`, on
 gevent's `StreamServer.do_read`, `do_handle` and `full`, and on `cancel_wait` (tests/contract/test_gevent.py).
@@ -18,20 +18,19 @@ from typing import Any
 
 import gevent
 from gevent import socket as gevent_socket
+from gevent import ssl as gevent_ssl
 from gevent.event import Event
 from gevent.pool import Pool
 from gevent.server import StreamServer
 from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 
-from gracehooks.gunicorn.workers.drained import Drained
+from gracehooks.gunicorn.workers.drained import Drained, announce
 from gracehooks.gunicorn.workers.sockets import (
     AGAIN,
     NO_ROOM,
-    Announced,
     Named,
     close_in_steps,
-    readable,
     unread,
     unread_body,
 )
@@ -49,71 +48,113 @@ PAUSE = 0.25
 AHEAD = 64
 
 
-class Connection:
-    """A connection and the greenlet that serves it: whether it waits for a request, and until when."""
+class Socket(gevent_socket.socket):
+    """A client's connection that knows whether it was read from since `fed` was last cleared."""
 
-    __slots__ = ("busy", "event", "greenlet", "http2", "sock", "unreader", "until", "used", "waited", "watcher")
+    fed = False
 
-    def __init__(self, sock: Any, greenlet: Any) -> None:
-        self.sock = sock
-        self.greenlet = greenlet
-        self.event: Any = None
-        self.watcher: Any = None
-        self.unreader: Any = None
-        self.until = 0.0  #: only while it waits; 0.0 while it does not
-        self.waited = False  #: the first request has begun to arrive; gunicorn's own loop need not wait for it again
-        self.used = False
-        self.busy = False
-        self.http2 = False
+    def recv(self, *args: Any) -> bytes:
+        """The same as ever."""
+        data: bytes = super().recv(*args)
+        self.fed = True
+        return data
 
-    def has_more(self) -> bool:
-        """Whether bytes are here that nobody has read: in the parser, in the TLS layer or in the kernel; or the end."""
-        if self.unreader is not None and self.unreader.buf.getvalue():
-            return True
-        return readable(self.sock)
 
-    def wait(self, seconds: float) -> None:
-        """Wait for a byte, the end or `wake`, at most so long."""
-        if self.event is None:
-            self.event = Event()
-            self.watcher = gevent.get_hub().loop.io(self.sock.fileno(), 1)
-        self.event.clear()
-        self.watcher.start(self.event.set)
+class TLSSocket(gevent_ssl.SSLSocket):
+    """The same for TLS."""
+
+    fed = False
+
+    def recv(self, *args: Any) -> bytes:
+        """The same as ever."""
+        data: bytes = super().recv(*args)
+        self.fed = True
+        return data
+
+
+class Server(StreamServer):
+    """gevent's own, with connections of ours."""
+
+    def do_read(self) -> Any:
+        """Accept one connection; None when there is none."""
+        listener = self.socket
         try:
-            self.event.wait(seconds)
-        finally:
-            self.watcher.stop()
+            descriptor, address = listener._accept()
+        except BlockingIOError:
+            return None
+        return Socket(listener.family, listener.type, listener.proto, fileno=descriptor), address
 
-    def wake(self) -> None:
-        """Let `wait` return."""
-        if self.event is not None:
-            self.event.set()
 
-    def forget(self) -> None:
-        """The connection is over."""
-        if self.watcher is not None:
-            self.watcher.close()
-            self.watcher = self.event = None
+class Connection:
+    """A connection: whether it is at a request (`busy`), has carried one (`used`), or waits for one (`reading`)."""
+
+    __slots__ = ("busy", "http2", "reading", "sock", "used")
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+        self.busy = False
+        self.used = False
+        self.http2 = False
+        self.reading: Reading | None = None
+
+    def has_begun(self) -> bool:
+        """Whether a byte of the next request is here."""
+        return getattr(self.sock, "fed", False) or unread(self.sock)
 
 
 class Reading:
-    """gunicorn's `timeout_ctx`: the time of one request's head, from before its first byte."""
+    """gunicorn's `timeout_ctx`: the time for one request's head.
 
-    __slots__ = ("_timeout", "_worker")
+    It is `keepalive`, as gunicorn has it, until the first byte; a head that has begun to arrive has HEAD seconds at least.
+    When the worker leaves it is the linger, and what has begun to arrive has all the time there is.
+    """
 
-    def __init__(self, worker: GeventWorker) -> None:
+    __slots__ = ("_conn", "_greenlet", "_since", "_timer", "_worker")
+
+    def __init__(self, worker: GeventWorker, conn: Connection) -> None:
         self._worker = worker
+        self._conn = conn
+        self._greenlet = gevent.getcurrent()
+        self._timer: Any = None
 
     def __enter__(self) -> None:
-        worker = self._worker
-        conn = worker.connections.get(gevent.getcurrent())
-        if conn is not None and not worker.wait_for_request(conn):
-            raise StopIteration  # gunicorn closes the connection on it, quietly
-        self._timeout = gevent.Timeout.start_new(max(worker.cfg.keepalive, HEAD), False)
+        self._since = time.monotonic()
+        self._conn.reading = self
+        if self._worker.drain.leaving:
+            self.linger(self._since)
+        elif self._worker.cfg.keepalive:
+            self._set(self._worker.cfg.keepalive)
 
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> bool:
-        self._timeout.close()
-        return value is self._timeout
+    def __exit__(self, kind: Any = None, value: Any = None, trace: Any = None) -> None:
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+        self._conn.reading = None
+
+    def linger(self, since: float) -> None:
+        """Wait as long as a connection without a request may, from `since` on, once the worker leaves."""
+        used, keepalive = self._conn.used, self._worker.cfg.keepalive
+        until = since + self._worker.drain.linger(used=used)
+        if used and keepalive:
+            until = min(until, self._since + keepalive)
+        self._set(until - time.monotonic())
+
+    def _set(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.close()
+        self._timer = gevent.get_hub().loop.timer(max(0.0, seconds))
+        self._timer.start(self._expired)
+
+    def _expired(self) -> None:
+        """In the hub: has nothing come in time?"""
+        conn, drain = self._conn, self._worker.drain
+        if conn.has_begun():
+            longest = max(self._worker.cfg.keepalive, HEAD)
+            left = drain.deadline.left() if drain.leaving else self._since + longest - time.monotonic()
+            if left > 0:
+                self._set(left)
+                return
+        self._greenlet.throw(StopIteration())  # gunicorn closes the connection on it, quietly
 
 
 class GeventWorker(Drained, ggevent.GeventWorker):
@@ -141,11 +182,16 @@ class GeventWorker(Drained, ggevent.GeventWorker):
 
     def serve(self) -> None:
         """Start a server for each listener and look at the clock; `notify` ends it."""
-        arguments = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
+        announce(self.drain)
+        arguments = {}
+        if self.cfg.is_ssl:
+            context = arguments["ssl_context"] = ssl_context(self.cfg)
+            if context.sslsocket_class is gevent_ssl.SSLSocket:
+                context.sslsocket_class = TLSSocket
         for listener in self.sockets:
             listener.setblocking(1)
             pool = Pool(self.worker_connections)
-            server = StreamServer(listener, handle=partial(self.handle, Named(listener)), spawn=pool, **arguments)
+            server = Server(listener, handle=partial(self.handle, Named(listener)), spawn=pool, **arguments)
             if self.cfg.workers > 1:
                 server.max_accept = 1
             server.start()
@@ -179,55 +225,28 @@ class GeventWorker(Drained, ggevent.GeventWorker):
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """One connection, from accepted to closed."""
         greenlet = gevent.getcurrent()
-        conn = self.connections[greenlet] = Connection(client, greenlet)
+        conn = self.connections[greenlet] = Connection(client)
         try:
-            if self.wait_for_request(conn):
-                conn.waited = True
-                super().handle(listener, client, addr)
-            else:
-                client.close()
+            if not self.cfg.keepalive:
+                Reading(self, conn).__enter__()  # gunicorn sets no bound then; a worker that leaves does
+            super().handle(listener, client, addr)
         finally:
+            if conn.reading is not None:
+                conn.reading.__exit__()
             del self.connections[greenlet]
-            conn.forget()
 
-    def timeout_ctx(self) -> Reading:
+    def timeout_ctx(self) -> Any:
         """What gunicorn puts round the reading of each request's head."""
-        return Reading(self)
-
-    def wait_for_request(self, conn: Connection) -> bool:
-        """Wait until the connection has something to read; False when its time is over.
-
-        While the worker serves that time is gunicorn's `keepalive` (without end where that is 0); once it leaves it is
-        the linger.
-        """
-        if conn.waited:
-            conn.waited = False
-            return True
-        started = time.monotonic()
-        conn.until = started + (self.cfg.keepalive or float("inf"))
-        if self.drain.leaving:
-            self._linger(conn, started)
-        try:
-            while not conn.has_more():
-                left = conn.until - time.monotonic()
-                if left <= 0:
-                    return False
-                conn.wait(min(left, 3600.0))
-            return True
-        finally:
-            conn.until = 0.0
-
-    def _linger(self, conn: Connection, since: float) -> None:
-        conn.until = min(conn.until, since + self.drain.linger(used=conn.used))
+        return Reading(self, self.connections[gevent.getcurrent()])
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         """One request, from parsed to answered."""
         greenlet = gevent.getcurrent()
-        conn = self.connections.get(greenlet)
-        if conn is not None:
-            conn.busy, conn.unreader = True, getattr(req, "unreader", None)
-        number = self.drain.begin(req.method, req.path, greenlet)
-        req.should_close = Announced(self.drain, req.should_close)
+        conn = self.connections[greenlet]
+        if conn.reading is not None:
+            conn.reading.__exit__()
+        conn.busy = True
+        slot = self.drain.begin(req.method, req.path, greenlet)
         try:
             return super().handle_request(listener_name, req, sock, addr)
         except StopIteration:
@@ -235,39 +254,35 @@ class GeventWorker(Drained, ggevent.GeventWorker):
                 close_in_steps(sock, CLOSING)
             raise
         finally:
-            del req.should_close  # it knows the request, which would know it
-            self.drain.end(number)
-            if conn is not None:
-                conn.busy, conn.used = False, True
+            self.drain.end(slot)
+            conn.busy, conn.used = False, True
+            # What was read beyond this request belongs to the next one.
+            conn.sock.fed = bool(req.unreader.buf.getvalue())
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
 
     def handle_http2_request(self, listener_name: Any, req: Any, sock: Any, addr: Any, h2_conn: Any) -> Any:
         """One stream of an HTTP/2 connection, from parsed to answered."""
         greenlet = gevent.getcurrent()
-        conn = self.connections.get(greenlet)
-        if conn is not None:
-            conn.busy = True
-        number = self.drain.begin(req.method, req.path, greenlet)
+        conn = self.connections[greenlet]
+        conn.busy = True
+        slot = self.drain.begin(req.method, req.path, greenlet)
         try:
             return super().handle_http2_request(listener_name, req, sock, addr, h2_conn)
         finally:
-            self.drain.end(number)
-            if conn is not None:
-                conn.busy, conn.used = False, True
+            self.drain.end(slot)
+            conn.busy, conn.used = False, True
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
 
     def handle_http2(self, *args: Any, **kwargs: Any) -> Any:
         """An HTTP/2 connection: it waits in a read of its own."""
-        conn = self.connections.get(gevent.getcurrent())
-        if conn is not None:
-            conn.http2 = True
+        self.connections[gevent.getcurrent()].http2 = True
         return super().handle_http2(*args, **kwargs)
 
     def unread(self) -> int:
-        """Connections that have begun to send a request, and whose request has not been read to its end."""
-        return sum(1 for each in list(self.connections.values()) if not each.busy and not each.until)
+        """Connections that have begun to send a request that has not been read to its end."""
+        return sum(1 for each in list(self.connections.values()) if not (each.busy or each.http2) and each.has_begun())
 
     # -- signals -----------------------------------------------------------------------------------------------------
     def handle_quit(self, sig: int, frame: Any) -> None:
@@ -296,12 +311,11 @@ class GeventWorker(Drained, ggevent.GeventWorker):
         # With SO_REUSEPORT each process has a backlog of its own, which dies with its socket.
         waiting = list(self._servers) if drain.final or self.cfg.reuse_port else []
         for conn in list(self.connections.values()):
-            if conn.until:
-                self._linger(conn, started)
-                conn.wake()
+            if conn.reading is not None:
+                conn.reading.linger(started)
             elif conn.http2 and not conn.busy:
                 _goaway(conn)
-        handshakes_until = started + drain.linger(used=False)
+        until = started + drain.linger(used=False)
         while not deadline.passed:
             self.notify()
             if waiting:
@@ -311,7 +325,7 @@ class GeventWorker(Drained, ggevent.GeventWorker):
                 busy = [server for server in self._servers if len(server.pool)]
                 if not busy:
                     break
-                if time.monotonic() >= handshakes_until:
+                if time.monotonic() >= until:
                     self._end_handshakes(busy)
                 busy[0].pool.join(timeout=min(PAUSE, deadline.left()))
             else:
@@ -339,10 +353,11 @@ class GeventWorker(Drained, ggevent.GeventWorker):
                 gevent.sleep(0)
 
     def _end_handshakes(self, servers: list[Any]) -> None:
-        """A connection that is still in its TLS handshake when the linger is over has sent no request."""
+        """A connection that has not come to a request when the linger is over (in its TLS handshake, say) never will."""
         for server in servers:
             for greenlet in list(server.pool):
-                if greenlet not in self.connections:
+                conn = self.connections.get(greenlet)
+                if conn is None or not (conn.busy or conn.used or conn.http2 or conn.reading or conn.has_begun()):
                     greenlet.kill(block=False)
 
     def _close_listeners(self) -> None:

@@ -6,20 +6,16 @@ import errno
 import fcntl
 import socket
 import ssl
-import struct
 import termios
 import time
-from collections.abc import Callable
 from typing import Any
 
-from gracehooks.drain.driver import Drain
 from gracehooks.drain.watchdog import native
 
 __all__ = [
     "AGAIN",
     "EMPTY",
     "NO_ROOM",
-    "Announced",
     "Named",
     "close_in_steps",
     "ended",
@@ -37,7 +33,7 @@ NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 _POLLIN = 1
-_NONE = struct.pack("i", 0)
+_NONE = bytes(4)
 
 
 class Named:
@@ -49,27 +45,6 @@ class Named:
     def getsockname(self) -> Any:
         """The address that the listener was bound to."""
         return self._name
-
-
-class Announced:
-    """A request's `should_close` that says yes once the worker leaves, and keeps to what it has said once.
-
-    gunicorn asks it when it writes the answer's head, and again when the answer is sent: a worker that is told to leave
-    in between must not close a connection whose answer said that it stays.
-    """
-
-    __slots__ = ("_drain", "_said", "_stock")
-
-    def __init__(self, drain: Drain, stock: Callable[[], bool]) -> None:
-        self._drain = drain
-        self._stock = stock
-        self._said: bool | None = None
-
-    def __call__(self) -> bool:
-        said = self._said
-        if said is None:
-            said = self._said = self._drain.leaving or self._stock()
-        return said
 
 
 def readable(sock: Any) -> bool:
@@ -87,7 +62,7 @@ def readable(sock: Any) -> bool:
 def unread(sock: Any) -> bool:
     """Whether bytes are here that nobody has read."""
     try:
-        return bool(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NONE))[0])
+        return fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NONE) != _NONE
     except (OSError, ValueError):
         return False
 

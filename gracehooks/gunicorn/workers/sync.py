@@ -10,9 +10,11 @@ It relies on `accept`, `wait`, `handle`, `handle_request`, `wait_fds` of gunicor
 
 from __future__ import annotations
 
+import _socket
 import os
 import select
 import socket
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -32,6 +34,8 @@ LOBBY = 30.0
 PAUSE = 0.25
 #: How long a connection with unread bytes waits for its client to close, in seconds.
 CLOSING = 2.0
+#: How long the worker waits for it before it looks at others, in seconds; a client that has its answer closes at once.
+AT_ONCE = 0.01
 #: How many such connections there may be before they are looked at between two requests.
 MANY = 64
 #: Later gunicorns close in two steps, and wait for the client.
@@ -57,12 +61,18 @@ class SyncWorker(Drained, sync.SyncWorker):
         #: Connections that we have closed and the client has not, with the time when we stop waiting.
         self._closing: dict[int, tuple[Any, float]] = {}
         self._names: dict[Any, Named] = {}
-        self._parsing = False
+        self._serving_one = False
+        self._thread = 0
+
+    def at_loop(self) -> bool:
+        """An application, which runs in the same thread, may call `notify` too."""
+        return not self._serving_one
 
     # -- serving -----------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """gunicorn's loop; connections know their listeners by name."""
         self._names = {listener: Named(listener) for listener in self.sockets}
+        self._thread = threading.get_ident()
         super().run()
 
     def accept(self, listener: Any) -> None:
@@ -94,11 +104,11 @@ class SyncWorker(Drained, sync.SyncWorker):
         return False
 
     def _serve(self, listener: Any, client: Any, address: Any) -> None:
-        self._parsing = True
+        self._serving_one = True
         try:
             self.handle(listener, client, address)
         finally:
-            self._parsing = False
+            self._serving_one = False
 
     def _empty_pipe(self) -> None:
         try:
@@ -109,6 +119,9 @@ class SyncWorker(Drained, sync.SyncWorker):
 
     def wait(self, timeout: float) -> list[Any]:
         """Wait for a connection, for the lobby or for a signal; gives the listeners that have something."""
+        if not self._lobby and not self._closing:
+            ready: list[Any] = super().wait(timeout) or []
+            return ready
         self.notify()
         descriptors = self._poll(timeout, self.sockets)
         return [listener for listener in self.sockets if listener.fileno() in descriptors]
@@ -140,11 +153,11 @@ class SyncWorker(Drained, sync.SyncWorker):
 
     def handle_request(self, listener: Any, req: Any, client: Any, addr: Any) -> None:
         """One request, from parsed to answered."""
-        number = self.drain.begin(req.method, req.path)
+        slot = self.drain.begin(req.method, req.path, self._thread)
         try:
             super().handle_request(listener, req, client, addr)
         finally:
-            self.drain.end(number)
+            self.drain.end(slot)
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
         if not CLOSES_AT_ONCE or unread_body(req) or unread(client):
@@ -152,22 +165,25 @@ class SyncWorker(Drained, sync.SyncWorker):
 
     def _close(self, client: Any) -> None:
         """Close our side, and take the rest out of gunicorn's hands: it would close at once, or wait for the client."""
-        sock = socket.socket(client.family, client.type, client.proto, fileno=client.detach())
+        sock = _socket.socket(client.family, client.type, client.proto, client.detach())
         try:
             sock.shutdown(socket.SHUT_WR)
-            sock.setblocking(False)
-            if ended(sock):
+            sock.settimeout(0.0 if self.drain.leaving else AT_ONCE)
+            if not sock.recv(65536):
                 sock.close()
                 return
+        except (BlockingIOError, TimeoutError):
+            pass
         except OSError:
             sock.close()
             return
+        sock.setblocking(False)
         self._closing[sock.fileno()] = (sock, time.monotonic() + CLOSING)
 
     def unread(self) -> int:
         """Connections of the lobby that have sent something, and one whose request has not arrived to its end."""
         lobby = sum(1 for each in list(self._lobby.values()) if readable(each.client))
-        return lobby + int(self._parsing and not self.drain.in_flight)
+        return lobby + int(self._serving_one and not self.drain.in_flight)
 
     # -- leaving -------------------------------------------------------------------------------------------------------
     def drain_requests(self) -> None:

@@ -28,8 +28,8 @@ from typing import Any
 
 from gunicorn.workers import gthread
 
-from gracehooks.gunicorn.workers.drained import Drained
-from gracehooks.gunicorn.workers.sockets import AGAIN, EMPTY, NO_ROOM, Announced, ended, readable
+from gracehooks.gunicorn.workers.drained import Drained, announce
+from gracehooks.gunicorn.workers.sockets import AGAIN, EMPTY, NO_ROOM, ended, readable, unread, unread_body
 
 __all__ = ["Worker"]
 
@@ -73,12 +73,9 @@ class Worker(Drained, gthread.ThreadWorker):
         guard: AbstractContextManager[Any] = UNGUARDED if QUEUED else self._lock
         return guard
 
-    def at_loop(self) -> bool:
-        """The application never runs in the main thread."""
-        return threading.get_ident() == threading.main_thread().ident
-
     def run(self) -> None:
         """gunicorn's loop, woken by signals at once instead of within a second."""
+        announce(self.drain)
         self.poller.register(self.PIPE[0], selectors.EVENT_READ, self._woken)
         super().run()
 
@@ -180,9 +177,15 @@ class Worker(Drained, gthread.ThreadWorker):
         conn.close()
 
     def _close(self, conn: Any) -> None:
-        """Close our side of it now, and the rest when the client has closed its own, or after CLOSING seconds."""
+        """Close our side of it now, and the rest when the client has closed its own, or after CLOSING seconds.
+
+        gunicorn 23 closes at once; there it is done in two steps only where bytes are on their way that nobody wants.
+        """
         self.nr_conns -= 1
         sock = conn.sock
+        if not QUEUED and not unread_body(getattr(conn.parser, "mesg", None)) and not unread(sock):
+            conn.close()
+            return
         try:
             sock.shutdown(socket.SHUT_WR)
             sock.setblocking(False)
@@ -238,23 +241,21 @@ class Worker(Drained, gthread.ThreadWorker):
     # -- requests ------------------------------------------------------------------------------------------------------
     def handle_request(self, req: Any, conn: Any) -> Any:
         """One request, from parsed to answered."""
-        number = self.drain.begin(req.method, req.path)
-        req.should_close = Announced(self.drain, req.should_close)
+        slot = self.drain.begin(req.method, req.path, threading.get_ident())
         try:
             return super().handle_request(req, conn)
         finally:
-            del req.should_close  # it knows the request, which would know it
-            self.drain.end(number)
+            self.drain.end(slot)
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
 
     def handle_http2_request(self, req: Any, conn: Any, h2_conn: Any) -> Any:
         """One stream of an HTTP/2 connection, from parsed to answered."""
-        number = self.drain.begin(req.method, req.path)
+        slot = self.drain.begin(req.method, req.path, threading.get_ident())
         try:
             return super().handle_http2_request(req, conn, h2_conn)
         finally:
-            self.drain.end(number)
+            self.drain.end(slot)
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
 
