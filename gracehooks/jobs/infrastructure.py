@@ -32,6 +32,7 @@ PACKAGES = frozenset(
     }
 )  # fmt: skip
 
+_modules: dict[str | None, bool] = {None: False}
 _ASYNCIO_THREADS = ("_do_waitpid", "run_forever")
 #: By the identity of the code, with the code, which keeps the identity its own: hashing code is slow.
 _tasks: dict[int, tuple[bool, CodeType]] = {}
@@ -39,14 +40,16 @@ _tasks: dict[int, tuple[bool, CodeType]] = {}
 _ERRANDS = frozenset({f"asyncio.{each}" for each in ("base_events", "base_subprocess", "selector_events", "staggered")})
 
 
-def is_infrastructure(*things: Any) -> bool:
-    """Whether one of the things (a class, a function) is defined in one of the packages."""
-    for thing in things:
-        package = _package(thing)
-        # `asyncio.run` in a thread runs the application's; a loop that runs for ever is a loop.
-        if package in PACKAGES and (package != "asyncio" or getattr(thing, "__name__", "") in _ASYNCIO_THREADS):
-            return True
-    return False
+def is_infrastructure(thing: Any) -> bool:
+    """Whether the thing, a class or a function, is defined in one of the packages."""
+    module = getattr(thing, "__module__", None)
+    known = _modules.get(module)
+    if known is None:
+        known = isinstance(module, str) and module.partition(".")[0] in PACKAGES
+        if isinstance(module, str):
+            _modules[module] = known
+    # `asyncio.run` in a thread runs the application's; a loop that runs for ever is a loop.
+    return known and (not str(module).startswith("asyncio.") or getattr(thing, "__name__", "") in _ASYNCIO_THREADS)
 
 
 def is_server_task(coroutine: Any) -> bool:
@@ -66,8 +69,3 @@ def is_server_task(coroutine: Any) -> bool:
         answer = module in _ERRANDS or (package in PACKAGES and not wraps)
         known = _tasks[id(code)] = (answer, code)
     return known[0]
-
-
-def _package(thing: Any) -> str:
-    module = getattr(thing, "__module__", None)
-    return module.partition(".")[0] if isinstance(module, str) else ""

@@ -168,7 +168,7 @@ class _Watcher:
         self._selector.register(self._reader, selectors.EVENT_READ)
         self._new: list[Work] = []
         self._polled: list[Work] = []
-        self._started = False
+        self._started = self._stopped = False
         self._look_at = 0.0
         self._pause = LOOK_AFTER
 
@@ -184,8 +184,13 @@ class _Watcher:
         except BlockingIOError:
             pass  # it is awake
 
+    def stop(self) -> None:
+        """End the thread; for tests."""
+        self._stopped = True
+        os.write(self._writer, b"x")
+
     def _turn(self) -> None:
-        while True:
+        while not self._stopped:
             try:
                 self._once()
             except Exception:  # a thread that dies would leave every process job in flight for ever
@@ -308,8 +313,12 @@ class Seen:
 
 def _see(pid: int) -> Seen | None:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        # A scan reads hundreds of them: without a file object it takes three system calls each, not ten.
+        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fields = os.read(file, 1024).rpartition(b")")[2].split()
+        finally:
+            os.close(file)
         return Seen(pid, fields[0].decode(), int(fields[1]), int(fields[19]))
     except (OSError, IndexError, ValueError):
         return None
@@ -792,8 +801,11 @@ def patch_late() -> None:
 
 def unpatch() -> None:
     """Put everything back; for tests."""
-    global _counting
+    global _counting, _watcher
     _counting = None
+    if _watcher is not None:
+        _watcher.stop()
+        _watcher = None
     while _undo:
         _undo.pop()()
     _infrastructure.clear()

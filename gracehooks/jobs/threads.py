@@ -42,6 +42,7 @@ IDLE = 30.0
 #: The class that has `start`: gevent puts a subclass in the place of `threading.Thread`.
 _Thread: Any = next(base for base in threading.Thread.__mro__ if "start" in base.__dict__)
 _start: Callable[[threading.Thread], None] = _Thread.start
+_PLAIN = {_Thread}
 _in_request = requests._current.get
 _in_job = tracker.mark.get
 
@@ -332,9 +333,9 @@ def _patched_start(self: threading.Thread) -> None:
     return _start_tracked(self, found, self.name)
 
 
-def _is_infrastructure(thread: threading.Thread) -> bool:
-    plain = type(thread).__module__ in ("threading", "gevent.threading")
-    return is_infrastructure(thread._target) or (not plain and is_infrastructure(type(thread)))  # type: ignore[attr-defined]
+def _is_infrastructure(thread: Any) -> bool:
+    kind = type(thread)
+    return is_infrastructure(thread._target) or (kind not in _PLAIN and is_infrastructure(kind))
 
 
 def _start_tracked(thread: threading.Thread, found: Tracker, name: str) -> None:
@@ -434,6 +435,7 @@ def patch(*, gevent: bool) -> None:
         import gevent as package
 
         _getcurrent = package.getcurrent
+        _PLAIN.add(threading.Thread)
     _Thread.start = _patched_start
     ThreadPoolExecutor.submit = _patched_submit  # type: ignore[method-assign,assignment]
     patch_late()

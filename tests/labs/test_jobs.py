@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gunicorn
 import pytest
 
 from tests.kit import Late, Server, eventually, needs, serve
@@ -163,7 +164,10 @@ class Asker:
         "gracehooks.Worker",
         "gracehooks.SyncWorker",
         "gracehooks.GeventWorker",
-        "gracehooks.ASGIWorker",
+        pytest.param(
+            "gracehooks.ASGIWorker",
+            marks=pytest.mark.skipif(gunicorn.version_info < (25, 0), reason="this gunicorn has no asgi worker"),
+        ),
         "gracehooks.UvicornWorker",
     ],
 )

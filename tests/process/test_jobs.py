@@ -12,20 +12,24 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import gunicorn
 import pytest
 
 from tests.kit import Server, eventually, serve
 
+HAS_ASGI = pytest.mark.skipif(gunicorn.version_info < (25, 0), reason="this gunicorn has no asgi worker")
+ASGI_WORKER = pytest.param("gracehooks.ASGIWorker", marks=HAS_ASGI)
 CLASSES = [
     "gracehooks.Worker",
     "gracehooks.SyncWorker",
     "gracehooks.GeventWorker",
-    "gracehooks.ASGIWorker",
+    ASGI_WORKER,
     "gracehooks.UvicornWorker",
 ]
-LOOPS = CLASSES[3:]
+LOOPS = ("gracehooks.ASGIWorker", "gracehooks.UvicornWorker")
 
 WSGI = """
 def app(environ, start_response):
@@ -440,3 +444,89 @@ def _compare(running: Server) -> None:
         if event["reason"] == "drained":
             assert not event["lost"]["jobs"]
             assert jobs["abandoned"] == 0
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "worker", "paths"),
+    [
+        ("jobs_flask", "app", "gracehooks.Worker", ["/orders/5/mail"]),
+        ("jobs_django", "application", "gracehooks.SyncWorker", ["/exports"]),
+        ("jobs_fastapi", "app", "gracehooks.UvicornWorker", ["/mails", "/pings"]),
+    ],
+)
+def test_the_examples_run(name: str, target: str, worker: str, paths: list[str]) -> None:
+    source = (ROOT / f"examples/{name}.py").read_text()
+    with serve(files={f"{name}.py": source}, target=f"{name}:{target}", worker=worker, workers=1) as running:
+        for path in paths:
+            assert running.get(path, method="GET" if path == "/exports" else "POST").status == 202
+        assert running.stop() == 0
+        assert ended(running)["succeeded"] == len(paths)
+
+
+BACKGROUND = """
+import asyncio, time
+from pathlib import Path
+from fastapi import BackgroundTasks, FastAPI
+from starlette.middleware.base import BaseHTTPMiddleware
+
+app = FastAPI()
+HERE = Path(__file__).resolve().parent
+
+
+class Middle(BaseHTTPMiddleware):
+    async def dispatch(self, request, call_next):
+        return await call_next(request)
+
+
+app.add_middleware(Middle)
+
+
+@app.get("/")
+async def index():
+    return "ok"
+
+
+@app.get("/background")
+async def background(tasks: BackgroundTasks):
+    tasks.add_task(work)
+    tasks.add_task(plain)
+    return "ok"
+
+
+async def work():
+    try:
+        await asyncio.sleep(0.4)
+        said("task")
+    except BaseException as error:
+        said(repr(error))
+        raise
+
+
+def plain():
+    time.sleep(0.4)
+    said("thread")
+
+
+def said(line):
+    with open(HERE / "said.txt", "a") as file:
+        file.write(line + "\\n")
+"""
+
+
+@pytest.mark.parametrize("worker", [ASGI_WORKER, "gracehooks.UvicornWorker"])
+@pytest.mark.parametrize("stop", [False, True], ids=["while it serves", "while it stops"])
+def test_background_tasks_survive_a_client_that_leaves(worker: str, stop: bool) -> None:
+    config = "asgi_disconnect_grace_period = 0"
+    with serve(BACKGROUND, config, worker=worker, workers=1) as running:
+        assert running.get("/background").status == 200  # and closes
+        if not stop:
+            eventually(lambda: said(running) == ["task", "thread"])
+        started = time.monotonic()
+        assert running.stop() == 0
+        assert time.monotonic() - started < 5 + 3, "waited for once, not for each of two budgets"
+        assert said(running) == ["task", "thread"]
+        counts = ended(running)
+        assert counts["abandoned"] == counts["cancelled"] == 0

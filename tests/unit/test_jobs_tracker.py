@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from gracehooks.jobs import tracker
 from gracehooks.jobs.tracker import Abandoned, JobCancelled, Options, Tracker, Work
 from gracehooks.scoreboard import Outcome, Page
 from gracehooks.settings import Settings
-from tests.unit.jobs_bench import balanced, end
+from tests.unit.jobs_bench import balanced, end, request, worker
 
 
 class Fake:
@@ -173,6 +174,39 @@ def test_the_end_in_an_event_loop_returns_at_once_when_all_is_done(found: Tracke
 
     assert asyncio.run(main()) < 5
     assert kind.said == []
+
+
+def test_nothing_that_jobs_use_is_closed_before_the_last_one_has_ended() -> None:
+    """TEST_RUNS (50) ends, each with jobs of two kinds that start each other."""
+    chance = random.Random(1)
+    late: list[str] = []
+    pauses: list[float] = []
+    for _ in range(int(os.environ.get("TEST_RUNS", "50"))):
+        with worker() as found:
+            connection = ["open"]
+            ends: list[float] = []
+
+            def work(seconds: float, more: int, connection: list[str] = connection, ends: list[float] = ends) -> None:
+                time.sleep(seconds)
+                if more:
+                    jobs.submit(work, seconds, more - 1)
+                if not connection:
+                    late.append("closed")
+                ends.append(time.monotonic())
+
+            for _ in range(chance.randint(1, 6)):
+                jobs.submit(work, chance.random() / 200, chance.randint(0, 2))
+            with request():
+                threading.Thread(target=work, args=(chance.random() / 200, 1)).start()
+            assert end(found) == []
+            connection.clear()
+            pauses.append(time.monotonic() - max(ends))
+            balanced(found)
+    assert late == []
+    assert sorted(pauses)[len(pauses) // 2] < 0.1
+    print(
+        f"from the last job to the end: median {sorted(pauses)[len(pauses) // 2] * 1000:.1f} ms, worst {max(pauses) * 1000:.1f}"
+    )
 
 
 def test_services_are_told_once_and_those_that_come_late_at_once(found: Tracker) -> None:
