@@ -36,9 +36,39 @@ NOT_INHERITED = (
 )
 
 
-def command_line() -> list[str]:
-    """What started this process: `sys.orig_argv`, which also has the `-m gunicorn` that `sys.argv` has lost."""
-    return [sys.executable, *sys.orig_argv[1:]]
+def start_script() -> str:
+    """The script that the interpreter was started with, as it was written; empty for `python -m gunicorn`."""
+    script = sys.orig_argv[1] if len(sys.orig_argv) > 1 else ""
+    return "" if script.startswith("-") else script
+
+
+#: Whether the script stood beside our interpreter when we started: `venv/bin/gunicorn`, started by its first line.
+BY_ITS_SCRIPT = bool(start_script()) and (
+    os.path.dirname(os.path.realpath(start_script())) == os.path.realpath(os.path.dirname(sys.executable))
+)
+
+
+def interpreter(directory: str) -> str:
+    """The interpreter of the successor, which starts in `directory`.
+
+    Where each release has a virtual environment of its own, the script's path goes through a link
+    (`current/venv/bin/gunicorn`), and its first line names the new release's interpreter; ours is the old one's.
+    """
+    if BY_ITS_SCRIPT:
+        try:
+            with open(os.path.join(directory, start_script()), "rb") as file:
+                first = file.readline(4096)
+        except OSError:
+            return sys.executable
+        named = os.fsdecode(first[2:].strip()) if first.startswith(b"#!") else ""
+        if os.path.basename(named).startswith(("python", "pypy")) and os.path.isabs(named) and " " not in named:
+            return named
+    return sys.executable
+
+
+def command_line(directory: str) -> list[str]:
+    """What starts the successor: `sys.orig_argv`, which also has the `-m gunicorn` that `sys.argv` has lost."""
+    return [interpreter(directory), *sys.orig_argv[1:]]
 
 
 def start_directory(arbiter: Any) -> str:
@@ -97,13 +127,11 @@ class ReexecHost:
             raise PreflightError(
                 f"the start directory {directory} is gone or cannot be entered; restore it, then upgrade"
             )
-        interpreter = command_line()[0]
-        if not (os.path.isfile(interpreter) and os.access(interpreter, os.X_OK)):
-            raise PreflightError(
-                f"the interpreter {interpreter} is gone; restore the virtual environment, then upgrade"
-            )
-        script = sys.orig_argv[1] if len(sys.orig_argv) > 1 else ""
-        if script and not script.startswith("-") and not os.path.exists(os.path.join(directory, script)):
+        python = interpreter(directory)
+        if not (os.path.isfile(python) and os.access(python, os.X_OK)):
+            raise PreflightError(f"the interpreter {python} is gone; restore the virtual environment, then upgrade")
+        script = start_script()
+        if script and not os.path.exists(os.path.join(directory, script)):
             raise PreflightError(f"the start script {script} is gone; restore it, then upgrade")
 
     def launch(self, id: str) -> int:
@@ -135,7 +163,8 @@ class ReexecHost:
                 "kind": self.kind,
             }
         )
-        directory, args = start_directory(arbiter), command_line()
+        directory = start_directory(arbiter)
+        args = command_line(directory)
         try:
             pid = os.fork()
         except OSError as error:
