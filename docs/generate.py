@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from gracehooks import cli, demo, events, jobs, logs, settings
+from gracehooks import check, cli, demo, events, jobs, logs, settings
 from gracehooks.gunicorn.arbiter import GracefulArbiter
 from gracehooks.jobs.infrastructure import PACKAGES
 from gracehooks.upgrade import machine
@@ -119,13 +119,13 @@ def cli_reference() -> str:
     (commands,) = [a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)]
     parts = []
     for name, meaning in cli.COMMANDS.items():
-        parser = {"demo": demo.parser}.get(name, lambda name=name: commands.choices[name])()
+        parser = {"demo": demo.parser, "check": check.parser}.get(name, lambda name=name: commands.choices[name])()
         parts += [f"### gracehooks {name}", "", f"{meaning[0].upper()}{meaning[1:]}.", ""]
         options = options_of(parser)
         if options:
             parts += [*options, ""]
-        if name in ("check", "run"):
-            parts += [f"`gracehooks {name} --help` tells its options.", ""]
+        if name == "run":
+            parts += ["`gracehooks run [--] COMMAND [ARGUMENT …]`, where COMMAND ends in a gunicorn master.", ""]
     return "\n".join(parts).rstrip()
 
 

@@ -52,8 +52,8 @@ EXITS: dict[str, dict[int, str]] = {
     },
     "status": {0: "the instance serves", 1: "it does not", 2: "wrong usage, or no such instance"},
     "history": {0: "printed", 2: "wrong usage, or no such instance"},
-    "check": {0: "clean", 1: "findings, each with its cure", 2: "wrong usage"},
-    "run": {0: "the server's own exit code"},
+    "check": {0: "clean", 1: "findings, each with its cure", 2: "wrong usage, or a file that cannot be read"},
+    "run": {0: "the server's own exit code, 128 + n where signal n ended it"},
     "demo": {0: "nothing was lost", 1: "something was lost"},
 }
 

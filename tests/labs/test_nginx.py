@@ -1,7 +1,7 @@
 """The lab of the field: nginx in front, every request sleeping 0 to 1000 ms at random, ab through nginx, upgrades meanwhile.
 
 With upgrades: not one answer but 200, and nothing of a failed upstream in nginx's log. With a plain stop and start, the
-losses that people know. `TEST_REQUESTS=10000` makes it the size of a load test.
+losses that people know. `TEST_REQUESTS=10000 TEST_UPGRADES=10` makes it the size of a load test; `-s` shows the figures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.lab
 
 REQUESTS = int(os.environ.get("TEST_REQUESTS", "800"))
 CLIENTS = 100
-UPGRADES = 3
+UPGRADES = int(os.environ.get("TEST_UPGRADES", "3"))
 PATH = "/sleep?max=1"
 
 NGINX = """
@@ -134,6 +134,11 @@ class Bench:
     def complete(self) -> int:
         return self.number("Complete requests")
 
+    @property
+    def rate(self) -> str:
+        found = re.search(r"^Requests per second:\s+([\d.]+)", self.text, re.MULTILINE)
+        return f"{found[1]} a second" if found else "no rate"
+
 
 @contextmanager
 def ab(port: int, *options: str) -> Iterator[subprocess.Popen[str]]:
@@ -170,12 +175,16 @@ def test_upgrades_behind_nginx_lose_nothing(keepalive):
     ):
         under_load = 0
         for number in range(1, UPGRADES + 1):
-            eventually(lambda number=number: answered(nginx) >= number * REQUESTS // 10, what="answers through nginx")
+            eventually(
+                lambda number=number: answered(nginx) >= number * REQUESTS // (3 * UPGRADES + 1),
+                what="answers through nginx",
+            )
             assert server.upgrade()["event"] == "UpgradeCompleted"
             under_load += bench.poll() is None
         if not under_load:  # on a slow machine the last ones may come after the load
             raise Late("the load was over before the first upgrade was")
         found = conclude(bench)
+        print(f"\n{found.complete} requests, {found.lost} lost, {under_load} upgrades under load, {found.rate}")
         assert found.complete == REQUESTS, found.text
         assert found.lost == 0, found.text
         assert nginx.complaints() == []
@@ -185,7 +194,7 @@ def test_upgrades_behind_nginx_lose_nothing(keepalive):
         assert statuses == {"200"}
 
 
-def test_a_plain_stop_and_start_behind_nginx_loses(record_property):
+def test_a_plain_stop_and_start_behind_nginx_loses():
     with (
         serve(worker="gthread", config="threads = 30", workers=2) as server,
         nginx_before(server, keepalive=True) as nginx,
@@ -195,6 +204,6 @@ def test_a_plain_stop_and_start_behind_nginx_loses(record_property):
         server.stop()
         server.start_again()
         found = conclude(bench)
-        record_property("lost by a stop and start", found.lost)
+        print(f"\n{found.complete} requests, {found.lost} lost by one stop and start, {found.rate}")
         assert found.lost > 0, found.text
         assert nginx.complaints()
