@@ -128,7 +128,8 @@ class Bench:
 
     @property
     def lost(self) -> int:
-        return self.number("Failed requests") + self.number("Non-2xx responses") + self.number("Write errors")
+        # A 502 counts twice in ab, as of another length and as no 2xx.
+        return max(self.number("Failed requests"), self.number("Non-2xx responses")) + self.number("Write errors")
 
     @property
     def complete(self) -> int:
