@@ -3,9 +3,9 @@
 The worker object is made in the master before the fork, so one anonymous mapping is seen by both: no file, no lock, no
 system call. The worker writes; the master reads, and writes `order`. A slot is published by writing its state last and
 freed by writing that first, so a reader never sees half a slot, even when the writer was killed between two stores. The
-state of a request's slot is a count, odd while it is taken: it has one writer, so no lock is needed on the request path,
-and the sum over the slots is the number of requests. When the slots run out the counters stay exact and only the names of
-the rest are given up.
+state of a request's slot is a count with one byte that says "taken": it has one writer, so no lock is needed on the request
+path, and the sum over the slots is the number of requests. When the slots run out the counters stay exact and only the
+names of the rest are given up.
 
 This module knows no server, no signal and no settings.
 """
@@ -17,11 +17,13 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from time import monotonic
+from typing import Any, NamedTuple
 
-__all__ = ["JobInFlight", "Order", "Outcome", "Page", "Phase", "RequestInFlight"]
+__all__ = ["JobInFlight", "Order", "Outcome", "Page", "Parts", "Phase", "RequestInFlight"]
 
 
 class Phase(IntEnum):
@@ -97,14 +99,27 @@ _FAILURE, _FAILURE_ROOM = 128, 1024
 _REPORT, _REPORT_ROOM = _FAILURE + _FAILURE_ROOM, 48 * 1024
 _SLOTS = _REPORT + _REPORT_ROOM
 
-_I64 = struct.Struct("=q")
-_F64 = struct.Struct("=d")
-_REQUEST = struct.Struct("=qd8sH102s")  # state (odd: taken), started, method, length of the path, path
-_NAME = struct.Struct("=8sH102s")  # the last three of them
+_I64 = struct.Struct("<q")
+_F64 = struct.Struct("<d")
+# State (the lowest byte: taken; the rest: how many have had the slot), started, method, length of the path, path.
+_REQUEST = struct.Struct("<qd8sH102s")
+_BEGIN = struct.Struct("<qd").pack_into  # the first two of them
+_NAME = struct.Struct("<8sH102s")  # the last three
 _REQUEST_SIZE, _PATH_ROOM = 128, 102
 _JOB = struct.Struct("=qdqq12sH82s")  # state (odd: taken), started, id, pid, kind, length of the name, name
 _JOB_NAME = struct.Struct("=12sH82s")  # the last three of them
 _JOB_SIZE, _NAME_ROOM = 128, 82
+
+
+class Parts(NamedTuple):
+    """See `Page.parts`."""
+
+    pop: Callable[[], int]
+    append: Callable[[int], None]
+    entries: dict[int, list[Any]]
+    name: Callable[[int, str, str], None]
+    write: Callable[..., None]
+    memory: mmap.mmap
 
 
 class Page:
@@ -118,13 +133,13 @@ class Page:
         self._view = memoryview(self._map)
         self._words = self._view.cast("q")
         self._times = self._view.cast("d")
-        self._states = range(_SLOTS // 8, jobs_at // 8, _REQUEST_SIZE // 8)
+        self._states = range(_SLOTS, jobs_at, _REQUEST_SIZE)
         self._job_states = range(jobs_at // 8, size // 8, _JOB_SIZE // 8)
-        # What each slot is named after now: the same request again need not be written again.
-        self._named: dict[int, tuple[str, str]] = dict.fromkeys(self._states, ("", ""))
+        # What each slot is named after now, since the same request again need not be written again; and its next state.
+        self._entries: dict[int, list[Any]] = {slot: ["", "", 257] for slot in self._states}
         self._jobs_named: dict[int, tuple[str, str]] = dict.fromkeys(self._job_states, ("", ""))
-        # A deque's append and pop are atomic: slots are taken by threads, without a lock.
-        self._free_requests: deque[int] = deque(reversed(self._states))
+        # Append and pop are atomic: slots are taken by threads, without a lock.
+        self._free_requests: list[int] = list(reversed(self._states))
         self._free_jobs: deque[int] = deque(reversed(self._job_states))
         # Counters are read-modify-write, so they have a lock; it lives in the worker alone.
         self._lock = threading.Lock()
@@ -229,42 +244,52 @@ class Page:
         except IndexError:
             self._count_one(_BEGUN)
             return -1
-        named = self._named[slot]
-        if named[1] != path or named[0] != method:
+        entry = self._entries[slot]
+        if entry[0] != path or entry[1] != method:
             self._name(slot, method, path)
-        self._times[slot + 1] = time.monotonic()
-        self._words[slot] += 1
+        state = entry[2]
+        entry[2] = state + 256
+        _BEGIN(self._map, slot, state, monotonic())
         return slot
 
     def end(self, slot: int) -> None:
         """The request of `slot` has ended; called once."""
         if slot >= 0:
-            self._words[slot] += 1
+            self._map[slot] = 0
             self._free_requests.append(slot)
         else:
             self._count_one(_ANSWERED)
 
+    def parts(self) -> Parts:
+        """What `begin` and `end` are made of, for a request path of one thread on which two calls are much.
+
+        Begin: `slot = pop()`, which raises IndexError where `begin` gives -1; `entry = entries[slot]`; `name(slot, method,
+        path)` unless `entry[:2] == [path, method]`; `state = entry[2]; entry[2] = state + 256`; `write(memory, slot, state,
+        monotonic())`. End: `memory[slot] = 0; append(slot)`.
+        """
+        return Parts(self._free_requests.pop, self._free_requests.append, self._entries, self._name, _BEGIN, self._map)
+
     def _name(self, slot: int, method: str, path: str) -> None:
         raw = path.partition("?")[0].encode("utf-8", "replace")[:_PATH_ROOM]
-        _NAME.pack_into(self._map, slot * 8 + 16, method.encode("ascii", "replace")[:8], len(raw), raw)
-        self._named[slot] = (method, path)
+        _NAME.pack_into(self._map, slot + 16, method.encode("ascii", "replace")[:8], len(raw), raw)
+        self._entries[slot][:2] = path, method
 
     def _count_one(self, at: int) -> None:
         with self._lock:
             _I64.pack_into(self._map, at, _I64.unpack_from(self._map, at)[0] + 1)
 
     def _each_state(self) -> list[int]:
-        return [self._words[slot] for slot in self._states]
+        return [_I64.unpack_from(self._map, slot)[0] for slot in self._states]
 
     @property
     def begun(self) -> int:
         """How many requests have begun."""
-        return sum((state + 1) >> 1 for state in self._each_state()) + self._get(_BEGUN)
+        return sum(state >> 8 for state in self._each_state()) + self._get(_BEGUN)
 
     @property
     def answered(self) -> int:
         """How many requests have ended."""
-        return sum(state >> 1 for state in self._each_state()) + self._get(_ANSWERED)
+        return sum((state >> 8) - (state & 1) for state in self._each_state()) + self._get(_ANSWERED)
 
     @property
     def in_flight(self) -> int:
@@ -276,7 +301,7 @@ class Page:
         """The requests in flight that have a slot, by their slots."""
         found = {}
         for slot in self._states:
-            state, started, method, size, raw = _REQUEST.unpack_from(self._map, slot * 8)
+            state, started, method, size, raw = _REQUEST.unpack_from(self._map, slot)
             if state & 1:
                 found[slot] = RequestInFlight(
                     method.rstrip(b"\0").decode("ascii", "replace"), raw[:size].decode("utf-8", "replace"), started

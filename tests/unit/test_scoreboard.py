@@ -138,3 +138,24 @@ def test_threads_lose_no_count():
     assert page.count(Outcome.SUCCEEDED) == page.jobs_accepted == 2400
     assert page.requests() == page.jobs() == []
     page.close()
+
+
+def test_the_parts_do_what_begin_and_end_do(page):
+    from time import monotonic
+
+    pop, append, entries, name, write, memory = page.parts()
+    for path in ("/a", "/b?x", "/b?x"):
+        slot = pop()
+        entry = entries[slot]
+        if entry[:2] != [path, "GET"]:
+            name(slot, "GET", path)
+        state = entry[2]
+        entry[2] = state + 256
+        write(memory, slot, state, monotonic())
+        (request,) = page.requests()
+        assert (request.method, request.path) == ("GET", path[:2])
+        assert request.age < 60
+        memory[slot] = 0
+        append(slot)
+    page.end(page.begin("GET", "/c"))
+    assert (page.begun, page.answered, page.in_flight) == (4, 4, 0)
