@@ -92,14 +92,18 @@ class Supervised:
         found = re.search(r"RUNNING +pid (\d+)", self.ctl("status", "site"))
         return int(found[1]) if found else 0
 
+    def point_to(self, number: int) -> None:
+        """Let `current` name this release, in one step."""
+        (self.server.dir / "next").symlink_to(f"releases/{number}")
+        (self.server.dir / "next").replace(self.server.dir / "current")
+
     def deploy(self, number: int) -> dict[str, Any]:
         """A new release beside the others, the link to it, and `supervisorctl signal USR2`; the verdict."""
         server = self.server
         for name in ("app.py", "gunicorn.conf.py"):
             server.write(f"releases/{number}/{name}", (server.dir / name).read_text())
         server.write(f"releases/{number}/version.txt", f"{number}\n")
-        (server.dir / "next").symlink_to(f"releases/{number}")
-        (server.dir / "next").replace(server.dir / "current")
+        self.point_to(number)
         mark = server.mark()
         assert "signalled" in self.ctl("signal", "USR2", "site")
         verdict = server.wait_for(("UpgradeCompleted", "UpgradeRolledBack", "UpgradeRefused"), after=mark)
@@ -138,10 +142,9 @@ def test_releases_are_deployed_and_supervisord_sees_one_process() -> None:
             (server.dir / "app.py").write_text("raise RuntimeError('a bad release')")
             assert site.deploy(100)["event"] == "UpgradeRolledBack"
             traffic.wait(20)
+            site.point_to(1 + UPGRADES)
             mark, master = server.mark(), server.pid
             os.kill(master, signal.SIGKILL)
-            (server.dir / "next").symlink_to(f"releases/{1 + UPGRADES}")
-            (server.dir / "next").replace(server.dir / "current")
             server.wait_for("ServingStarted", after=mark)
             traffic.wait(20)
         assert not traffic.lost, traffic.table()
