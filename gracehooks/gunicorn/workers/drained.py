@@ -109,6 +109,7 @@ class Drained(Attached):
 
     def run(self) -> None:
         """Serve as gunicorn does, until told to leave; then the phases."""
+        hold_settings(self.cfg)
         self._serving = True
         if self.loop_kind != "asyncio":
             jobs.start_services()
@@ -251,6 +252,23 @@ class Drained(Attached):
             self.page.wants_replacement = True
             self.log.info("gracehooks: max_requests reached, asking for a replacement")
             self.wake_master()
+
+
+def hold_settings(cfg: Any) -> None:
+    """Make each setting an attribute of its own, for this process, which has booted.
+
+    gunicorn looks every setting up in two calls, some twenty times a request; that is more than all that we do there.
+    What is set later is held anew.
+    """
+    stock = cfg.set
+
+    def set_and_hold(name: str, value: Any) -> None:
+        stock(name, value)
+        if name in held:
+            vars(cfg)[name] = cfg.settings[name].get()
+
+    held = {name for name in cfg.settings if not hasattr(type(cfg), name) and name not in vars(cfg)}
+    vars(cfg).update({name: cfg.settings[name].get() for name in held}, set=set_and_hold)
 
 
 def announce(drain: Drain) -> None:

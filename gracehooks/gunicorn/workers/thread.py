@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import takewhile
@@ -47,6 +48,12 @@ AHEAD = 4
 PAUSE = 0.25
 
 
+class Pool(ThreadPoolExecutor):
+    """The threads that serve requests: what is submitted to them is no job, and nobody need look whether it is one."""
+
+    submit = ThreadPoolExecutor.submit
+
+
 class Worker(Drained, gthread.ThreadWorker):
     """The `worker_class` of `gracehooks.Worker`: threads, keep-alive, and a drain in phases."""
 
@@ -66,6 +73,10 @@ class Worker(Drained, gthread.ThreadWorker):
         """Boot; the pipe is made in the worker's own process."""
         self._left = os.pipe()
         super().init_process()
+
+    def get_thread_pool(self) -> ThreadPoolExecutor:
+        """The pool of requests."""
+        return Pool(max_workers=self.cfg.threads)
 
     @property
     def _guard(self) -> AbstractContextManager[Any]:
