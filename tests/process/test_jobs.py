@@ -383,11 +383,14 @@ threading.excepthook = lambda args: None
 """
 
 
-@pytest.mark.parametrize("worker", ["gracehooks.Worker", "gracehooks.UvicornWorker"])
+STOPS = int(os.environ.get("TEST_STOPS", "6"))
+
+
+@pytest.mark.parametrize("worker", CLASSES if STOPS > 6 else ["gracehooks.Worker", "gracehooks.UvicornWorker"])
 def test_the_equation_holds_whatever_ends_a_worker(worker: str) -> None:
-    """TEST_STOPS (6) ends of workers each, in a random order that TEST_ORDER (1) seeds."""
+    """TEST_STOPS (6) ends of workers each, in a random order that TEST_ORDER (1) seeds; with more, all the classes."""
     chance = random.Random(int(os.environ.get("TEST_ORDER", "1")))
-    stops = int(os.environ.get("TEST_STOPS", "6"))
+    stops = STOPS
     config = "gracehooks.configure(drain_timeout=2, job_timeout=0.6, job_grace=0.3, cleanup_timeout=0.5, probation=0.1)"
     source = f"LOOP = {worker in LOOPS}\n" + LEDGER
     while stops > 0:
@@ -418,7 +421,8 @@ def _one_end(running: Server, chance: random.Random) -> None:
     worker = chance.choice(running.workers())
     os.kill(worker, getattr(signal, f"SIG{what}"))
     running.wait_for("WorkerEnded", after=mark, worker=worker)
-    running.wait_for("WorkerReady", after=mark)
+    # It may have been one that was leaving anyway.
+    eventually(lambda: len(running.workers()) >= 2, what="two workers")
 
 
 def _compare(running: Server) -> None:
