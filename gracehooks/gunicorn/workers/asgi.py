@@ -1,29 +1,35 @@
 """`gracehooks.ASGIWorker`: gunicorn's own asgi worker (25 and later) that leaves without losing.
 
-While it serves, gunicorn's own protocol serves; of ours there is one layer round the application, which counts the request
-(see `calls`), and a note of the head of each answer. When the worker leaves, the open connections become `Leaving` ones:
-their answers carry `Connection: close`, and what closes them is polite.
+While it serves, gunicorn's own protocol serves, and the request path pays for two stores: a request begins on the page in
+a plain function before the application, and ends where the loop of its connection goes on. Everything else is found out
+when it is asked for, in the frames of gunicorn's coroutines. When the worker leaves, the open connections become `Leaving`
+ones: their answers carry `Connection: close`, and what closes them is polite.
 
-It relies on `ASGIProtocol` with `_send_response_start`, `_handle_http_request`, `_close_transport`, `_keepalive_timeout`,
-`_will_close` (27), `_awaiting_request` (27), `_request_ready`, `_current_request`, `_body_receiver`, `_callback_parser`,
-`_websocket`, `_h2_conn`, on `BodyReceiver`, `LifespanManager` and `AsyncHTTP2Connection` (tests/contract/test_gasgi.py).
+It relies on `ASGIProtocol` with `_handle_http_request` and its variables, `_resume_reading`, `_send_response_start`,
+`_send_error_response`, `_close_transport`, `_keepalive_timeout`, `_will_close`, `_awaiting_request`, `_request_ready`,
+`_current_request`, `_body_receiver`, `_finishing_calls`, `_callback_parser`, `_websocket`, `_h2_conn`, and on
+`BodyReceiver`, `LifespanManager`, `AsyncHTTP2Connection` (tests/contract/test_gasgi.py). Versions before 27 lack some of
+them: there a layer round the application counts, and nobody is told of the drain by `http.disconnect`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
+import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gunicorn
 
+from gracehooks import requests
 from gracehooks.errors import ConfigError
-from gracehooks.gunicorn.workers.calls import Application
+from gracehooks.gunicorn.workers.calls import WEBSOCKET, Application, Call
 from gracehooks.gunicorn.workers.departure import State
 from gracehooks.gunicorn.workers.farewell import CLOSING, unread, unsent
 from gracehooks.gunicorn.workers.loop import LoopWorker, PlainSignals, ServerLoop, final_line
+from gracehooks.scoreboard import Page
 
 
 class Unsupported(ConfigError, RuntimeError):  # noqa: N818 - says what it is
@@ -45,17 +51,25 @@ CLOSE = (b"connection", b"close")
 #: How long after the first GOAWAY, which refuses nothing yet, the second one names the last stream, in seconds.
 GOAWAY_AFTER = 1.0
 SERVICE_RESTART = 1012
+ASGI_2_3 = {"version": "3.0", "spec_version": "2.3"}
+
+
+#: Whether gunicorn is one whose protocol serves each request in a task of its own (27).
+TASK_PER_REQUEST = hasattr(ASGIProtocol, "_serve_http_request")
 
 
 class Protocol(ASGIProtocol):
     """gunicorn's protocol, which its worker knows of."""
 
-    #: The head of the last answer, and the request that it belongs to.
-    head: Any = None
-    head_of: Any = None
+    #: The slot on the page of the request that is being answered.
+    slot: int | None = None
     #: Whether a request is being answered; gunicorn 27 knows it better.
     answering = False
+    #: Whether its last answer was sent and the rest of the call is a job now.
+    handed_over = False
     _closed: bool
+    _reading_paused: bool
+    _response_buffer: bytes | None
 
     def connection_made(self, transport: Any) -> None:
         """One more."""
@@ -63,14 +77,37 @@ class Protocol(ASGIProtocol):
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """One less."""
+        """One less. What goes on after its answer is no more the client's: gunicorn would cancel it now or in a moment."""
         self.worker.connections.discard(self)
+        task = self._task
+        if task is not None and not task.done() and self.goes_on():
+            self.worker.hand_over_answered(self)
         super().connection_lost(exc)
 
-    def _send_response_start(self, status: Any, headers: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        self.head = headers
-        self.head_of = request
-        return super()._send_response_start(status, headers, request, *args, **kwargs)
+    def goes_on(self) -> bool:
+        """Whether application calls run."""
+        return TASK_PER_REQUEST and bool(self._finishing_calls or not self._awaiting_request)
+
+    # -- the request path ----------------------------------------------------------------------------------------------
+    def end(self) -> None:
+        """The answer was sent, or never will be."""
+        slot = self.slot
+        if slot is not None and not self.worker.calls.closed:
+            self.slot = None
+            self.worker.page.end(slot)
+
+    def _resume_reading(self) -> None:
+        # The loop of the connection calls it after each answer, and the application's `receive` while reading is paused.
+        if self._reading_paused:
+            if asyncio.current_task() is self._task:
+                self.end()
+            super()._resume_reading()
+        elif self.slot is not None:
+            self.end()
+
+    def _close_transport(self) -> None:
+        self.end()
+        super()._close_transport()
 
     def _keepalive_timeout(self) -> None:
         if unread(self.transport):
@@ -78,7 +115,33 @@ class Protocol(ASGIProtocol):
         else:
             super()._keepalive_timeout()
 
-    if not hasattr(ASGIProtocol, "_serve_http_request"):
+    # -- where a slot lives in a coroutine of its own ------------------------------------------------------------------
+    async def _handle_websocket(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        page = self.worker.page
+        if not TASK_PER_REQUEST:
+            return await super()._handle_websocket(request, *args, **kwargs)
+        self.slot = page.begin(WEBSOCKET, request.path)
+        try:
+            return await super()._handle_websocket(request, *args, **kwargs)
+        finally:
+            self.end()
+
+    async def _handle_http2_connection(self, *args: Any, **kwargs: Any) -> Any:
+        # The context of the connection is marked as a request's; here it is the requests that are.
+        requests._current.set(None)
+        return await super()._handle_http2_connection(*args, **kwargs)
+
+    async def _handle_http2_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        mark = requests.mark()
+        slot = self.worker.page.begin(request.method, request.path) if TASK_PER_REQUEST else -2
+        try:
+            return await super()._handle_http2_request(request, *args, **kwargs)
+        finally:
+            requests.unmark(mark)
+            if TASK_PER_REQUEST and not self.worker.calls.closed:
+                self.worker.page.end(slot)
+
+    if not TASK_PER_REQUEST:
 
         async def _handle_http_request(self, *args: Any, **kwargs: Any) -> Any:
             self.answering = True
@@ -88,6 +151,56 @@ class Protocol(ASGIProtocol):
                 self.answering = False
 
 
+def begun(app: Application, page: Page) -> Application:
+    """`app`, whose HTTP/1 requests begin on the page; their connections end them.
+
+    gunicorn's `send` over HTTP/1 is silent when the client has gone, where ASGI 2.4 promises an error: as ASGI 2.3,
+    frameworks listen in `receive`, and learn of a drain there as well.
+    """
+    pop, _, entries, name, write, memory = page.parts()
+    begin, now = page.begin, time.monotonic
+
+    def call(scope: dict[str, Any], receive: Any, send: Any) -> Any:
+        if scope["type"] == "http" and scope["http_version"] != "2":
+            scope["asgi"] = ASGI_2_3
+            protocol = receive.__self__.protocol
+            if protocol.slot is not None:
+                protocol.end()
+            method, path = scope["method"], scope["path"]
+            try:
+                protocol.slot = slot = pop()
+            except IndexError:
+                protocol.slot = begin(method, path)
+            else:
+                entry = entries[slot]
+                if entry[0] != path or entry[1] != method:
+                    name(slot, method, path)
+                state = entry[2]
+                entry[2] = state + 256
+                write(memory, slot, state, now())
+        return app(scope, receive, send)
+
+    return call
+
+
+def _of_http1(names: Mapping[str, Any], handle: Any) -> Call | None:
+    protocol, request = names["self"], names["request"]
+    if "send" not in names or (protocol.slot is None and not names.get("response_complete")):
+        return None
+    slot = None if names.get("response_complete") else protocol.slot
+    return Call(slot, request.method, request.path, handle, names)
+
+
+def _of_http2(names: Mapping[str, Any], handle: Any) -> Call | None:
+    request = names["request"]
+    return Call(names["slot"], request.method, request.path, handle, names) if "slot" in names else None
+
+
+def _of_websocket(names: Mapping[str, Any], handle: Any) -> Call | None:
+    slot, request = names["self"].slot, names["request"]
+    return Call(slot, WEBSOCKET, request.path, handle, names) if slot is not None else None
+
+
 class Leaving(Protocol):
     """What a connection becomes when its worker leaves."""
 
@@ -95,13 +208,22 @@ class Leaving(Protocol):
     straddling: Any = None
     #: Whether the last answer said that the connection would be closed.
     announced = False
-    #: Whether its last answer was sent and the rest of the call is a job now.
-    handed_over = False
+    #: Whether its WebSocket is being closed.
+    restarting = False
+    #: The answer that its application was told to end.
+    told: _Answer | None = None
 
     def _send_response_start(self, status: Any, headers: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         self.announced = True
         self._keepalive = 0  # the loop of gunicorn 27 ends after this answer; of earlier ones, the departure ends it
         return super()._send_response_start(status, [*headers, CLOSE], request, *args, **kwargs)
+
+    def _send_error_response(self, status: Any, *args: Any, **kwargs: Any) -> Any:
+        self.announced = True
+        self._keepalive = 0
+        if status == 500 and self.told is not None:  # it went without an answer because it was told to end
+            return super()._send_error_response(503, "", (("Retry-After", "1"),))
+        return super()._send_error_response(status, *args, **kwargs)
 
     def _will_close(self, request: Any, response_requires_close: Any) -> Any:
         # The one in flight is asked twice, before and after its head: the answer must not change in between.
@@ -111,9 +233,78 @@ class Leaving(Protocol):
         """The departure closes idle connections."""
 
     def _close_transport(self) -> None:
+        self.end()
         if self.transport and not self._closed:
+            if self.told is not None:
+                self._end_well(self.told)
             self._closed = True
             self.worker.farewell(self.transport, self)
+
+    def _end_well(self, answer: _Answer) -> None:
+        """The application has stopped when it was told to: a stream of events may end there, and nothing else."""
+        if not answer.started or answer.complete:
+            return
+        if not answer.is_event_stream:
+            request = self._current_request
+            self.worker.cut.append((request.method, request.path))
+        elif answer.is_chunked:
+            head, self._response_buffer = self._response_buffer or b"", None
+            self._safe_write(head + b"0\r\n\r\n")
+
+
+class _Answer:
+    """How far an answer is; gunicorn keeps that in variables of its `send`, and nowhere else."""
+
+    def __init__(self, send: Any) -> None:
+        self._cells = dict(zip(send.__code__.co_freevars, send.__closure__ or (), strict=True))
+
+    def _get(self, name: str) -> Any:
+        try:
+            return self._cells[name].cell_contents
+        except (KeyError, ValueError):
+            return None
+
+    @property
+    def started(self) -> bool:
+        """Whether its head was sent."""
+        return bool(self._get("response_started"))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it was sent."""
+        return bool(self._get("response_complete"))
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether its end is a chunk."""
+        return bool(self._get("use_chunked"))
+
+    @property
+    def is_event_stream(self) -> bool:
+        """Whether it is a stream of server-sent events, which may end at any event."""
+        return any(
+            _raw(name).lower() == b"content-type" and _raw(value).lower().startswith(b"text/event-stream")
+            for name, value in self._get("response_headers") or ()
+        )
+
+
+def _raw(text: bytes | str) -> bytes:
+    return text.encode("latin-1") if isinstance(text, str) else bytes(text)
+
+
+class _Quiet:
+    """A log in which an answer that was told to end is not reported as an application's mistake."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> None:
+        """Everything but that."""
+        if "without completing" not in message:
+            self._log.error(message, *args, **kwargs)
 
 
 class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
@@ -128,7 +319,9 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         self.protocol_class: type[Protocol] = Protocol
         #: Protocols made for connections that were accepted, until somebody has let go of them.
         self.born: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._application: Any = None
+        #: The tasks of calls whose answer is complete, and of those that are jobs now.
+        self._answered: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._handed_over: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # -- starting ----------------------------------------------------------------------------------------------------
     def make_loop(self) -> asyncio.AbstractEventLoop:
@@ -156,8 +349,13 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
                 self.log.debug("ASGI lifespan not supported by app: %s", error)
             else:
                 self.add_lifespan_shutdown(lifespan.shutdown)
-        self._application = application
-        self.asgi = _listening(self.calls.counted(application, self._finish))
+        if TASK_PER_REQUEST and self.cfg.protocol != "uwsgi":
+            self.asgi = begun(application, self.page)
+            self.calls.find(ASGIProtocol._handle_http_request.__code__, _of_http1)
+            self.calls.find(Protocol._handle_http2_request.__code__, _of_http2)
+            self.calls.find(Protocol._handle_websocket.__code__, _of_websocket)
+        else:
+            self.asgi = self.calls.counted(application, _nothing)
         return application, self.state
 
     async def listen(self) -> None:
@@ -179,6 +377,26 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         """gunicorn's own count."""
         return int(self.nr)
 
+    def hand_over_answered(self, protocol: Any) -> None:
+        """The calls of a connection whose answers are complete are jobs from now on, if their client goes or stays."""
+        for call in list(self.calls.running(self.event_loop)):
+            owner: Any = call.names.get("self")
+            if owner is not protocol or call.slot is not None or not isinstance(call.handle, asyncio.Task):
+                continue
+            if call.handle in self._handed_over:
+                continue
+            if call.names["request"] is protocol._current_request and not protocol._awaiting_request:
+                if call.handle not in self._answered and not protocol._closed:
+                    self._answered.add(call.handle)  # the loop of the connection may just not have had its turn yet
+                    continue
+                # gunicorn waits for it before it closes, and would cancel it some seconds after the client has gone.
+                protocol.end()
+                protocol._task = None
+                protocol.handed_over = True
+            self._handed_over.add(call.handle)
+            protocol._finishing_calls.pop(call.handle, None)
+            self.hand_over(call)
+
     # -- leaving -------------------------------------------------------------------------------------------------------
     def begin_leaving(self) -> Connections:
         """Change the open connections, and those that come."""
@@ -190,57 +408,9 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         for each in self.servers:
             each.close()
 
-    async def _finish(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """A call has ended that was told of the drain; see that its answer ends as well."""
-        receiver: Any = getattr(receive, "__self__", None)
-        if receiver not in self.calls.told:
-            return
-        self.calls.told.discard(receiver)
-        protocol = receiver.protocol
-        if protocol._closed:
-            return
-        if protocol.head_of is not receiver.request:
-            headers = [(b"content-type", b"text/plain"), (b"content-length", b"0"), (b"retry-after", b"1")]
-            await send({"type": "http.response.start", "status": 503, "headers": headers})
-            await send({"type": "http.response.body", "body": b""})
-        elif not _is_complete(send):
-            if _is_event_stream(protocol.head):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-            else:
-                self.cut.append((scope["method"], scope["path"]))  # gunicorn closes the connection
 
-
-def _listening(app: Application) -> Application:
-    """gunicorn's `send` over HTTP/1 says nothing when the client has gone, which ASGI 2.4 promises; ASGI 2.3 does not.
-
-    A framework that goes by the version then listens in `receive`, where it learns of the drain as well.
-    """
-
-    def call(scope: dict[str, Any], receive: Any, send: Any) -> Any:
-        if scope["type"] == "http" and scope["http_version"] != "2":
-            scope["asgi"]["spec_version"] = "2.3"
-        return app(scope, receive, send)
-
-    return call
-
-
-def _is_event_stream(headers: Any) -> bool:
-    return any(
-        _raw(name).lower() == b"content-type" and _raw(value).lower().startswith(b"text/event-stream")
-        for name, value in headers
-    )
-
-
-def _is_complete(send: Any) -> bool:
-    """Whether the answer that this `send` of gunicorn's sends is complete: only its own variable knows."""
-    code = getattr(send, "__code__", None)
-    if code is None or "response_complete" not in code.co_freevars:
-        return False
-    return bool(send.__closure__[code.co_freevars.index("response_complete")].cell_contents)
-
-
-def _raw(text: bytes | str) -> bytes:
-    return text.encode("latin-1") if isinstance(text, str) else bytes(text)
+async def _nothing(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    pass
 
 
 # -- the connections of a worker that leaves ---------------------------------------------------------------------------
@@ -306,7 +476,7 @@ class Connections:
             return State.READING
         if connection.req_count <= 1:
             return State.NEW
-        return State.DONE if getattr(connection, "announced", False) else State.IDLE
+        return State.DONE if connection.announced else State.IDLE
 
     def transport(self, connection: Any) -> Any:
         """gunicorn keeps it under that name."""
@@ -321,7 +491,7 @@ class Connections:
 
     def restart(self, connection: Any) -> None:
         """A close frame with 1012, and the word to the application; then the connection's own end."""
-        if not getattr(connection, "restarting", False):
+        if not connection.restarting:
             connection.restarting = True
             self._later(self._restart(connection))
 
@@ -338,42 +508,34 @@ class Connections:
 
     def tell(self) -> None:
         """Streams of server-sent events, long polls, and answers of which nobody knows what they are."""
-        for each in list(self._worker.connections):
-            receiver = getattr(each, "_body_receiver", None)
-            if receiver is None or each._closed or receiver in self._worker.calls.told or not receiver._complete:
+        worker = self._worker
+        for call in list(worker.calls.running(worker.event_loop)):
+            protocol: Any = call.names.get("self")
+            receiver: Any = call.names.get("body_receiver")
+            if receiver is None or call.slot is None or protocol.told is not None or not receiver._body_finished:
                 continue
-            if not self._is_answering(each) or not receiver._body_finished:
-                continue
-            if each.head_of is receiver.request and not _is_event_stream(each.head):
+            answer = _Answer(call.names["send"])
+            if answer.started and not answer.is_event_stream:
                 continue  # a download: it may still get to its end
-            self._worker.calls.told.add(receiver)
+            protocol.told = answer
+            protocol.log = _Quiet(protocol.log)
             receiver.signal_disconnect()
 
     def settle(self) -> None:
         """The calls whose answer is complete."""
-        worker = self._worker
-        if not worker.page.in_flight:
-            return
-        for call in list(worker.calls.running(worker.event_loop)):
-            protocol = getattr(getattr(call.receive, "__self__", None), "protocol", None)
-            if protocol is None or call.slot < 0 or call.slot in worker.calls.answered or not _is_complete(call.send):
-                continue
-            worker.hand_over(call.slot, call.handle, f"{call.method} {call.path}, after its answer")
-            # gunicorn cancels what still runs some seconds after the end of its connection; a job has its own time.
-            protocol.handed_over = True
-            protocol._task = None
+        if TASK_PER_REQUEST and self._worker.page.in_flight:
+            for each in list(self._worker.connections):
+                if each.goes_on():
+                    self._worker.hand_over_answered(each)
 
     def unsent(self) -> list[tuple[str, str]]:
-        """Answers that their applications have given and that are still in the loop's buffers."""
+        """Answers that their applications have given and that are in the loop's buffers."""
         found = []
         for each in (*self._worker.connections, *(each.former for each in self._worker.farewells)):
-            request = each.head_of
-            if request is not None and unsent(each.transport) and not self._is_running(each):
+            request = each._current_request
+            if request is not None and unsent(each.transport) and not (self._is_answering(each) and not each._closed):
                 found.append((request.method, request.path))
         return found
-
-    def _is_running(self, protocol: Any) -> bool:
-        return not protocol._closed and self._is_answering(protocol)
 
 
 def _is_reading(protocol: Any) -> bool:

@@ -1,8 +1,8 @@
-"""The application calls of an event loop's worker: each has its slot on the page for as long as it runs.
+"""The application calls of an event loop's worker: each has its slot on the page from its first step to its answer.
 
-This is the request path, so it does little: two stores before the call, one after it, and the mark that says "born in a
-request". Everything else that a drain or a report wants to know of a call, its task say, is found when it is asked for,
-in the frame of the call.
+This is the request path, so it does little: one store before the call and one after it. The mark that says "born in a
+request" is in the context of the whole connection (see `LoopWorker`). Everything else that a drain or a report wants to
+know of a call, its task say, is found when it is asked for, in a frame of the call.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
-from gracehooks import requests
 from gracehooks.scoreboard import Page, RequestInFlight
 
-__all__ = ["Call", "Calls"]
+__all__ = ["WEBSOCKET", "Call", "Calls"]
 
 Scope = dict[str, Any]
 Application = Callable[[Scope, Callable[..., Any], Callable[..., Any]], Awaitable[Any]]
-#: Called when a call has ended that was told of the drain: with its scope, `receive` and `send`.
+#: Called when a call has ended and some call was told of the drain: with its scope, `receive` and `send`.
 Finish = Callable[[Scope, Any, Any], Awaitable[None]]
 
 #: What stands for the method of a WebSocket in reports.
@@ -34,26 +33,21 @@ DEEPEST = 200
 
 @dataclass(frozen=True)
 class Call:
-    """A call that runs: its slot (-1 where the page had none left), what it was called with, and its task.
+    """A call that runs.
 
-    `handle` is the task, or the main thread's identifier for the call that runs just now.
+    `slot` is that of the page, -1 where the page had none left, None when it was given back: the answer was sent. `handle`
+    is the task, or the main thread's identifier for the call that runs just now. `names` are the variables of its frame.
     """
 
-    slot: int
-    scope: Scope
-    receive: Any
-    send: Any
+    slot: int | None
+    method: str
+    path: str
     handle: Any
+    names: Mapping[str, Any]
 
-    @property
-    def method(self) -> str:
-        """As the page names it."""
-        return str(self.scope.get("method", WEBSOCKET))
 
-    @property
-    def path(self) -> str:
-        """Without the query."""
-        return str(self.scope["path"])
+#: Reads a call out of the variables of a frame; None when there is nothing to see yet.
+Finder = Callable[[Mapping[str, Any], Any], "Call | None"]
 
 
 class Calls:
@@ -61,58 +55,33 @@ class Calls:
 
     def __init__(self, page: Page) -> None:
         self._page = page
-        self._codes: set[CodeType] = set()
+        self._finders: dict[CodeType, Finder] = {}
+        #: Whether slots are no more given back.
+        self.closed = False
         #: Slots that were given back already: the answer was sent, and the rest of the call counts as a job.
         self.answered: set[int] = set()
         #: What calls receive from that were told `http.disconnect`.
         self.told: set[Any] = set()
 
+    def find(self, code: CodeType, finder: Finder) -> None:
+        """Frames of `code` are those of a call, which `finder` reads."""
+        self._finders[code] = finder
+
+    # -- the request path ----------------------------------------------------------------------------------------------
     def counted(self, app: Application, finish: Finish) -> Application:
         """`app`, counted on the page."""
         begin, end, answered, told = self._page.begin, self._page.end, self.answered, self.told
-        mark = requests._current.set
-
-        async def call(scope: Scope, receive: Any, send: Any) -> None:
-            if scope["type"] == "lifespan":
-                await app(scope, receive, send)
-                return
-            slot = begin(scope.get("method", WEBSOCKET), scope["path"])
-            mark(slot)
-            try:
-                await app(scope, receive, send)
-                if told:
-                    await finish(scope, receive, send)
-            finally:
-                if answered and slot in answered:
-                    if slot >= 0:
-                        answered.discard(slot)
-                else:
-                    end(slot)
-
-        self._codes.add(call.__code__)
-        return call
-
-    def counted_past_proxy_headers(self, middleware: Any, finish: Finish) -> Application:
-        """uvicorn's `ProxyHeadersMiddleware`, counted, and stepped over where no header concerns it.
-
-        It costs more than the counting does, and looks at two headers only (tests/contract/test_uvicorn.py).
-        """
-        begin, end, answered, told = self._page.begin, self._page.end, self.answered, self.told
-        mark = requests._current.set
-        app = middleware.app
 
         async def call(scope: Scope, receive: Any, send: Any) -> Any:
-            if scope["type"] == "lifespan":
+            kind = scope["type"]
+            if kind == "http":
+                slot = begin(scope["method"], scope["path"])
+            elif kind == "websocket":
+                slot = begin(WEBSOCKET, scope["path"])
+            else:
                 return await app(scope, receive, send)
-            target = app
-            for name, _ in scope["headers"]:
-                if name == b"x-forwarded-for" or name == b"x-forwarded-proto":
-                    target = middleware
-                    break
-            slot = begin(scope.get("method", WEBSOCKET), scope["path"])
-            mark(slot)
             try:
-                result = await target(scope, receive, send)
+                result = await app(scope, receive, send)
                 if told:
                     await finish(scope, receive, send)
                 return result
@@ -123,28 +92,82 @@ class Calls:
                 else:
                     end(slot)
 
-        self._codes.add(call.__code__)
+        self.find(call.__code__, _of_layer)
+        return call
+
+    def counted_past_proxy_headers(self, middleware: Any, finish: Finish) -> Application:
+        """uvicorn's `ProxyHeadersMiddleware`, counted, and stepped over where no header concerns it.
+
+        It costs more than the counting does, and looks at two headers only (tests/contract/test_uvicorn.py).
+        """
+        pop, append, entries, name, write, memory = self._page.parts()
+        begin, end, answered, told, now = self._page.begin, self._page.end, self.answered, self.told, time.monotonic
+        app = middleware.app
+
+        async def call(scope: Scope, receive: Any, send: Any) -> Any:
+            kind = scope["type"]
+            if kind == "http":
+                method, path = scope["method"], scope["path"]
+                try:
+                    slot = pop()
+                except IndexError:
+                    slot = begin(method, path)
+                else:
+                    entry = entries[slot]
+                    if entry[0] != path or entry[1] != method:
+                        name(slot, method, path)
+                    state = entry[2]
+                    entry[2] = state + 256
+                    write(memory, slot, state, now())
+            elif kind == "websocket":
+                slot = begin(WEBSOCKET, scope["path"])
+            else:
+                return await app(scope, receive, send)
+            target = app
+            for field, _ in scope["headers"]:
+                if field == b"x-forwarded-for" or field == b"x-forwarded-proto":
+                    target = middleware
+                    break
+            try:
+                result = await target(scope, receive, send)
+                if told:
+                    await finish(scope, receive, send)
+                return result
+            finally:
+                if answered and slot in answered:
+                    if slot >= 0:
+                        answered.discard(slot)
+                elif slot >= 0:
+                    memory[slot] = 0
+                    append(slot)
+                else:
+                    end(slot)
+
+        self.find(call.__code__, _of_layer)
         return call
 
     def leave_as_they_are(self) -> None:
         """The end has come: what was not answered stays on the page, whatever becomes of its coroutine."""
+        self.closed = True
         self.answered.update(self._page.slots(), (-1,))
 
     # -- for drains and reports --------------------------------------------------------------------------------------
     def running(self, loop: Any) -> Iterator[Call]:
         """Every call that runs in `loop`; from any thread, also while the loop is blocked."""
+        # The task that runs at this moment shows where it stands on the stack of the loop's thread only.
+        main = threading.main_thread().ident or 0
+        present = sys._current_frames().get(main)
+        while present is not None and present.f_code not in self._finders:
+            present = present.f_back
+        frames: list[tuple[FrameType, Any]] = [(present, main)] if present is not None else []
         for task in asyncio.all_tasks(loop):
             frame = self._frame_of(task)
-            if frame is not None:
-                yield _call(frame, task)
-        # The task that runs at this moment shows its frames on the stack of the loop's thread only.
-        main = threading.main_thread().ident or 0
-        frame = sys._current_frames().get(main)
-        while frame is not None:
-            if frame.f_code in self._codes:
-                yield _call(frame, main)
-                break
-            frame = frame.f_back
+            if frame is not None and frame is not present:
+                frames.append((frame, task))
+        for frame, handle in frames:
+            found = self._finders[frame.f_code](frame.f_locals, handle)
+            if found is not None:
+                yield found
 
     def _frame_of(self, task: Any) -> FrameType | None:
         awaited = task.get_coro()
@@ -152,7 +175,7 @@ class Calls:
             frame = getattr(awaited, "cr_frame", None)
             if frame is None:
                 return None
-            if frame.f_code in self._codes:
+            if frame.f_code in self._finders:
                 return frame
             awaited = getattr(awaited, "cr_await", None)
         return None
@@ -163,16 +186,20 @@ class Calls:
         handles: dict[int, Any] = {}
         now = time.monotonic()
         for call in self.running(loop):
+            if call.slot is None:
+                continue
             if call.slot >= 0:
                 handles.setdefault(call.slot, call.handle)
             else:
                 request = RequestInFlight(call.method, call.path, now)
-                found[id(call.scope)] = (request, call.handle)
+                found[id(call.handle)] = (request, call.handle)
         for slot, request in self._page.slots().items():
             found[hash((slot, request.started))] = (request, handles.get(slot))
         return found
 
 
-def _call(frame: FrameType, handle: Any) -> Call:
-    names = frame.f_locals
-    return Call(names.get("slot", -1), names["scope"], names["receive"], names["send"], handle)
+def _of_layer(names: Mapping[str, Any], handle: Any) -> Call | None:
+    if "slot" not in names:
+        return None
+    scope = names["scope"]
+    return Call(names["slot"], str(scope.get("method", WEBSOCKET)), str(scope["path"]), handle, names)

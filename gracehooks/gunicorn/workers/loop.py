@@ -21,10 +21,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from gracehooks import jobs
+from gracehooks import jobs, requests
 from gracehooks.drain import cleanup
 from gracehooks.gunicorn.workers import ready
-from gracehooks.gunicorn.workers.calls import Application, Calls
+from gracehooks.gunicorn.workers.calls import Application, Call, Calls
 from gracehooks.gunicorn.workers.departure import Side, State, depart
 from gracehooks.gunicorn.workers.drained import Drained
 from gracehooks.gunicorn.workers.farewell import CLOSING, Farewell
@@ -81,6 +81,8 @@ class LoopWorker(Drained):
     ready_at_first_notify = False
     loop_kind = "asyncio"
 
+    #: gunicorn's own flag, a plain one again: its protocols look at it several times for each request.
+    alive = True
     event_loop: asyncio.AbstractEventLoop
     _woken: asyncio.Event | None = None
     _ending: tuple[str, Any] | None = None
@@ -148,7 +150,10 @@ class LoopWorker(Drained):
             failure = await ready.ask_asgi(application, self.settings.ready_path, state)
             if failure:
                 self.refuse_to_boot(failure)
+        # Every connection, and so every task of a request, inherits the context in which its listener was opened.
+        mark = requests.mark()
         await self.listen()
+        requests.unmark(mark)
         jobs.start_services()
         self._serving = True
         self.notify()
@@ -162,6 +167,9 @@ class LoopWorker(Drained):
             now = time.monotonic()
             if now - beaten >= PACE:
                 beaten = now
+                if not self.alive:
+                    self.alive = True
+                    self.drain.told("the worker was asked to stop")
                 self.notify()
                 await self.tick()
         self._serving = False
@@ -244,21 +252,6 @@ class LoopWorker(Drained):
             found[-(1 << 62) - number] = (RequestInFlight(method, path, now), None)
         return found
 
-    @property
-    def alive(self) -> bool:
-        """gunicorn's own flag, which its protocols take for "no answer may be the last": it stays up while connections leave.
-
-        What clears it while the worker serves (a hook, the reloader) begins the drain.
-        """
-        return self._alive
-
-    @alive.setter
-    def alive(self, alive: bool) -> None:
-        if alive or not self._serving:
-            self._alive = alive
-        else:
-            self.drain.told("the worker was asked to stop")
-
     # -- signals -----------------------------------------------------------------------------------------------------
     def handle_quit(self, sig: int, frame: Any) -> None:
         """The hammer. An exit raised here would end in whatever callback runs just now: the loop's own coroutine does it."""
@@ -314,11 +307,9 @@ class LoopWorker(Drained):
             self.farewells.discard(farewell)
         farewell.begin()
 
-    def hand_over(self, slot: int, task: Any, name: str) -> None:
+    def hand_over(self, call: Call) -> None:
         """A call goes on after its answer was sent: from now on it is a job."""
-        self.calls.answered.add(slot)
-        self.page.end(slot)
-        tasks.track_task(task, name)
+        tasks.track_task(call.handle, f"{call.method} {call.path}, after its answer")
 
 
 async def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:

@@ -364,9 +364,13 @@ class Connections:
         if not worker.page.in_flight:
             return
         for call in list(worker.calls.running(worker.event_loop)):
-            cycle = getattr(call.receive, "__self__", None)
-            if getattr(cycle, "response_complete", False) and call.slot >= 0 and call.slot not in worker.calls.answered:
-                worker.hand_over(call.slot, call.handle, f"{call.method} {call.path}, after its answer")
+            slot, cycle = call.slot, getattr(call.names["receive"], "__self__", None)
+            if slot is None or slot < 0 or slot in worker.calls.answered or not isinstance(call.handle, asyncio.Task):
+                continue
+            if getattr(cycle, "response_complete", False):
+                worker.calls.answered.add(slot)
+                worker.page.end(slot)
+                worker.hand_over(call)
 
     def unsent(self) -> list[tuple[str, str]]:
         """Answers that their applications have given and that are still in the loop's buffers."""
