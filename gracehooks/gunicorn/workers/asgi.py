@@ -65,8 +65,6 @@ class Protocol(ASGIProtocol):
     slot: int | None = None
     #: Whether a request is being answered; gunicorn 27 knows it better.
     answering = False
-    #: Whether its last answer was sent and the rest of the call is a job now.
-    handed_over = False
     _closed: bool
     _reading_paused: bool
     _response_buffer: bytes | None
@@ -208,6 +206,8 @@ class Leaving(Protocol):
     straddling: Any = None
     #: Whether the last answer said that the connection would be closed.
     announced = False
+    #: Whether its last answer was sent and the rest of the call is a job now.
+    handed_over = False
     #: Whether its WebSocket is being closed.
     restarting = False
     #: The answer that its application was told to end.
@@ -319,8 +319,7 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         self.protocol_class: type[Protocol] = Protocol
         #: Protocols made for connections that were accepted, until somebody has let go of them.
         self.born: weakref.WeakSet[Any] = weakref.WeakSet()
-        #: The tasks of calls whose answer is complete, and of those that are jobs now.
-        self._answered: weakref.WeakSet[Any] = weakref.WeakSet()
+        #: The tasks of calls that are jobs now.
         self._handed_over: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # -- starting ----------------------------------------------------------------------------------------------------
@@ -381,20 +380,17 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         """The calls of a connection whose answers are complete are jobs from now on, if their client goes or stays."""
         for call in list(self.calls.running(self.event_loop)):
             owner: Any = call.names.get("self")
-            if owner is not protocol or call.slot is not None or not isinstance(call.handle, asyncio.Task):
+            if owner is not protocol or call.slot is not None or call.handle in self._handed_over:
                 continue
-            if call.handle in self._handed_over:
+            if not isinstance(call.handle, asyncio.Task):
                 continue
+            self._handed_over.add(call.handle)
+            protocol._finishing_calls.pop(call.handle, None)
             if call.names["request"] is protocol._current_request and not protocol._awaiting_request:
-                if call.handle not in self._answered and not protocol._closed:
-                    self._answered.add(call.handle)  # the loop of the connection may just not have had its turn yet
-                    continue
                 # gunicorn waits for it before it closes, and would cancel it some seconds after the client has gone.
                 protocol.end()
                 protocol._task = None
                 protocol.handed_over = True
-            self._handed_over.add(call.handle)
-            protocol._finishing_calls.pop(call.handle, None)
             self.hand_over(call)
 
     # -- leaving -------------------------------------------------------------------------------------------------------
