@@ -182,9 +182,10 @@ def test_every_request_counts_once_through_two_upgrades_and_a_reload(
                 eventually(lambda asked=asked: asker.asked >= asked + COUNTER / 8, what="some more requests")
                 assert change()["event"] == "UpgradeCompleted"
         assert not asker.failed
-        assert server.stop() == 0
+        server.stop()
         assert client.get("counter") == str(asker.asked)
         ends = [event for event in server.events() if event["event"] == "WorkerEnded"]
+        assert {event["reason"] for event in ends} == {"drained"}
         assert sum(event["jobs"]["succeeded"] for event in ends) == asker.asked
         assert sum(event["jobs"]["accepted"] for event in ends) == asker.asked
         print(f"\n{worker}: {asker.asked} requests, counter {client.get('counter')}")
@@ -331,6 +332,19 @@ def test_no_message_stays_half_done(how: str, port: int, client: redis.Redis, tm
         for event in server.events():
             if event["event"] == "WorkerEnded":
                 assert event["jobs"]["accepted"] == event["jobs"]["succeeded"], event
+
+
+def test_the_example_of_a_consumer_finishes_what_it_has_taken(port: int, client: redis.Redis, tmp_path: Path) -> None:
+    done = tmp_path / "done.txt"
+    source = (Path(__file__).resolve().parents[2] / "examples/jobs_consumer.py").read_text()
+    script = f"sh -c 'sleep 0.3; echo $0 >> {done}'"
+    env = {"REDIS_URL": f"redis://localhost:{port}", "SCRIPT": script}
+    client.rpush("messages", *map(str, range(20)))
+    with serve(files={"jobs_consumer.py": source}, target="jobs_consumer:app", env=env) as server:
+        eventually(lambda: done.exists() and len(done.read_text().split()) >= 2)
+        server.stop()
+    taken = sorted(map(int, done.read_text().split()))
+    assert taken == list(range(20 - client.llen("messages")))
 
 
 def test_supervisorctl_restart_with_stopasgroup(port: int, client: redis.Redis, tmp_path: Path) -> None:
