@@ -129,6 +129,9 @@ async def app(scope, receive, send):
     elif path == "/slow":
         note("slow begins")
         await asyncio.sleep(float(scope["query_string"] or 0.5))
+    elif path == "/block":
+        note("block begins")
+        time.sleep(float(scope["query_string"]))
     elif path == "/stuck":
         note("stuck begins")
         time.sleep(120)

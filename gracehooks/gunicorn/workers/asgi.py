@@ -1,15 +1,16 @@
 """`gracehooks.ASGIWorker`: gunicorn's own asgi worker (25 and later) that leaves without losing.
 
-While it serves, gunicorn's own protocol serves, and the request path pays for two stores: a request begins on the page in
-a plain function before the application, and ends where the loop of its connection goes on. Everything else is found out
-when it is asked for, in the frames of gunicorn's coroutines. When the worker leaves, the open connections become `Leaving`
-ones: their answers carry `Connection: close`, and what closes them is polite.
+While it serves, gunicorn's own protocol serves, and the request path pays for two stores: a request begins and ends on the
+page where the loop of its connection calls `_cancel_keepalive_timer` and `_resume_reading` anyway. Everything else is found
+out when it is asked for, in the frames of gunicorn's coroutines. When the worker leaves, the open connections become
+`Leaving` ones: their answers carry `Connection: close`, and what closes them is polite.
 
-It relies on `ASGIProtocol` with `_handle_http_request` and its variables, `_resume_reading`, `_send_response_start`,
-`_send_error_response`, `_close_transport`, `_keepalive_timeout`, `_will_close`, `_awaiting_request`, `_request_ready`,
-`_current_request`, `_body_receiver`, `_finishing_calls`, `_callback_parser`, `_websocket`, `_h2_conn`, and on
-`BodyReceiver`, `LifespanManager`, `AsyncHTTP2Connection` (tests/contract/test_gasgi.py). Versions before 27 lack some of
-them: there a layer round the application counts, and nobody is told of the drain by `http.disconnect`.
+It relies on `ASGIProtocol` with `_handle_http_request` and its variables, `_build_http_scope`, `_arm_keepalive_timer`,
+`_cancel_keepalive_timer`, `_resume_reading`, `_send_response_start`, `_send_error_response`, `_close_transport`,
+`_keepalive_timeout`, `_will_close`, `_awaiting_request`, `_request_ready`, `_current_request`, `_body_receiver`,
+`_finishing_calls`, `_callback_parser`, `_websocket`, `_h2_conn`, and on `BodyReceiver`, `LifespanManager`,
+`AsyncHTTP2Connection` (tests/contract/test_gasgi.py). Versions before 27 lack some of them: there a layer round the
+application counts, and nobody is told of the drain by `http.disconnect`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import struct
 import time
 import weakref
 from collections.abc import Iterable, Mapping
+from types import FunctionType
 from typing import Any
 
 import gunicorn
@@ -51,7 +53,6 @@ CLOSE = (b"connection", b"close")
 #: How long after the first GOAWAY, which refuses nothing yet, the second one names the last stream, in seconds.
 GOAWAY_AFTER = 1.0
 SERVICE_RESTART = 1012
-ASGI_2_3 = {"version": "3.0", "spec_version": "2.3"}
 
 
 #: Whether gunicorn is one whose protocol serves each request in a task of its own (27).
@@ -66,7 +67,6 @@ class Protocol(ASGIProtocol):
     #: Whether a request is being answered; gunicorn 27 knows it better.
     answering = False
     _closed: bool
-    _reading_paused: bool
     _response_buffer: bytes | None
 
     def connection_made(self, transport: Any) -> None:
@@ -86,22 +86,13 @@ class Protocol(ASGIProtocol):
         """Whether application calls run."""
         return TASK_PER_REQUEST and bool(self._finishing_calls or not self._awaiting_request)
 
-    # -- the request path ----------------------------------------------------------------------------------------------
+    # -- the slot ------------------------------------------------------------------------------------------------------
     def end(self) -> None:
         """The answer was sent, or never will be."""
         slot = self.slot
         if slot is not None and not self.worker.calls.closed:
             self.slot = None
             self.worker.page.end(slot)
-
-    def _resume_reading(self) -> None:
-        # The loop of the connection calls it after each answer, and the application's `receive` while reading is paused.
-        if self._reading_paused:
-            if asyncio.current_task() is self._task:
-                self.end()
-            super()._resume_reading()
-        elif self.slot is not None:
-            self.end()
 
     def _close_transport(self) -> None:
         self.end()
@@ -113,11 +104,11 @@ class Protocol(ASGIProtocol):
         else:
             super()._keepalive_timeout()
 
-    # -- where a slot lives in a coroutine of its own ------------------------------------------------------------------
     async def _handle_websocket(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         page = self.worker.page
         if not TASK_PER_REQUEST:
             return await super()._handle_websocket(request, *args, **kwargs)
+        self.end()
         self.slot = page.begin(WEBSOCKET, request.path)
         try:
             return await super()._handle_websocket(request, *args, **kwargs)
@@ -127,6 +118,7 @@ class Protocol(ASGIProtocol):
     async def _handle_http2_connection(self, *args: Any, **kwargs: Any) -> Any:
         # The context of the connection is marked as a request's; here it is the requests that are.
         requests._current.set(None)
+        self.end()
         return await super()._handle_http2_connection(*args, **kwargs)
 
     async def _handle_http2_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,36 +141,91 @@ class Protocol(ASGIProtocol):
                 self.answering = False
 
 
-def begun(app: Application, page: Page) -> Application:
-    """`app`, whose HTTP/1 requests begin on the page; their connections end them.
+def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
+    """The protocol that counts HTTP/1 requests on `page` (gunicorn 27); `Leaving` then counts as well.
 
-    gunicorn's `send` over HTTP/1 is silent when the client has gone, where ASGI 2.4 promises an error: as ASGI 2.3,
-    frameworks listen in `receive`, and learn of a drain there as well.
+    Methods that the loop of a connection calls anyway are written anew, with what they did and a store each: a further
+    call, or a layer round the application, costs more than the stores do.
     """
-    pop, _, entries, name, write, memory = page.parts()
+    pop, append, entries, name, write, memory = page.parts()
     begin, now = page.begin, time.monotonic
+    clock, call_later = loop.time, loop.call_later
 
-    def call(scope: dict[str, Any], receive: Any, send: Any) -> Any:
-        if scope["type"] == "http" and scope["http_version"] != "2":
-            scope["asgi"] = ASGI_2_3
-            protocol = receive.__self__.protocol
-            if protocol.slot is not None:
-                protocol.end()
-            method, path = scope["method"], scope["path"]
-            try:
-                protocol.slot = slot = pop()
-            except IndexError:
-                protocol.slot = begin(method, path)
+    class Counting(Protocol):
+        _reading_paused: bool
+        _keepalive: float
+        _keepalive_handle: Any
+        #: Since when the connection is idle, in the loop's time.
+        _idle_since: float | None = None
+
+        def _arm_keepalive_timer(self) -> None:
+            # A timer for each request is much; one for each connection looks, when it comes, how long it has been idle.
+            self._idle_since = clock()
+            if self._keepalive_handle is None and self._keepalive > 0:
+                self._keepalive_handle = call_later(self._keepalive, self._look_if_idle)
+
+        def _look_if_idle(self) -> None:
+            self._keepalive_handle = None
+            since = self._idle_since
+            if since is None or self._closed:
+                return
+            left = since + self._keepalive - clock()
+            if left > 0:
+                self._keepalive_handle = call_later(left, self._look_if_idle)
             else:
-                entry = entries[slot]
-                if entry[0] != path or entry[1] != method:
-                    name(slot, method, path)
-                state = entry[2]
-                entry[2] = state + 256
-                write(memory, slot, state, now())
-        return app(scope, receive, send)
+                self._keepalive_timeout()
 
-    return call
+        def _cancel_keepalive_timer(self) -> None:
+            # Called once a request was read, before it is served; and when the connection is lost.
+            self._idle_since = None
+            request: Any = self._current_request
+            if self._closed:
+                if self._keepalive_handle is not None:
+                    self._keepalive_handle.cancel()
+                    self._keepalive_handle = None
+                return
+            if request is None:
+                return
+            slot = self.slot
+            if slot is not None:
+                self.end()
+            path = request.path
+            try:
+                self.slot = slot = pop()
+            except IndexError:
+                self.slot = begin(request.method, path)
+                return
+            entry = entries[slot]
+            if entry[0] != path or entry[1] != request.method:
+                name(slot, request.method, path)
+            state = entry[2]
+            entry[2] = state + 256
+            write(memory, slot, state, now())
+
+        def _resume_reading(self) -> None:
+            # Called after each answer, before the next request; and by the application's `receive` while reading is paused.
+            if self._reading_paused:
+                if asyncio.current_task() is self._task:
+                    self.end()
+                super()._resume_reading()
+                return
+            slot = self.slot
+            if slot is not None:
+                if slot < 0:
+                    self.end()
+                    return
+                self.slot = None
+                memory[slot] = 0
+                append(slot)
+
+    # gunicorn's `send` over HTTP/1 is silent when the client has gone, where ASGI 2.4 promises an error. As ASGI 2.3,
+    # frameworks listen in `receive`, and learn of a drain there as well. The version is a constant of this method.
+    stock = ASGIProtocol._build_http_scope
+    constants = tuple("2.3" if each == "2.4" else each for each in stock.__code__.co_consts)
+    Counting._build_http_scope = FunctionType(
+        stock.__code__.replace(co_consts=constants), stock.__globals__, stock.__name__
+    )
+    return Counting
 
 
 def _of_http1(names: Mapping[str, Any], handle: Any) -> Call | None:
@@ -349,7 +396,7 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
             else:
                 self.add_lifespan_shutdown(lifespan.shutdown)
         if TASK_PER_REQUEST and self.cfg.protocol != "uwsgi":
-            self.asgi = begun(application, self.page)
+            self.protocol_class = counting(self.page, self.loop)
             self.calls.find(ASGIProtocol._handle_http_request.__code__, _of_http1)
             self.calls.find(Protocol._handle_http2_request.__code__, _of_http2)
             self.calls.find(Protocol._handle_websocket.__code__, _of_websocket)
@@ -396,7 +443,7 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
     # -- leaving -------------------------------------------------------------------------------------------------------
     def begin_leaving(self) -> Connections:
         """Change the open connections, and those that come."""
-        self.protocol_class = Leaving
+        self.protocol_class = type("Leaving", (Leaving, self.protocol_class), {})
         return Connections(self)
 
     def stop_listening(self) -> None:
@@ -418,7 +465,7 @@ class Connections:
         self._tasks: set[Any] = set()
         for each in list(worker.connections):
             straddling = each._current_request if self._is_answering(each) else None
-            each.__class__ = Leaving
+            each.__class__ = worker.protocol_class
             each.straddling = straddling
         for each in list(worker.connections):
             if getattr(each, "_h2_conn", None) is not None:

@@ -65,7 +65,7 @@ class ServerLoop:
         self._loop = loop
         self.create_task = tasks._original(type(loop)).__get__(loop, type(loop))
         self.create_future = loop.create_future
-        self.call_later = loop.call_later
+        self.call_later: Callable[..., Any] = loop.call_later
         self.call_soon = loop.call_soon
         self.time = loop.time
 

@@ -94,18 +94,8 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
     async def listen(self) -> None:
         """uvicorn's own listeners, whose protocols are noted as they are made."""
         config = self.config
-        protocol_class = config.http_protocol_class
-        _listen_for_the_end(protocol_class)
-        loop = ServerLoop(self.event_loop)
-        born = self.born
-
-        def make(**kwargs: Any) -> Any:
-            protocol = protocol_class(**kwargs)
-            protocol.loop = loop
-            born.add(protocol)
-            return protocol
-
-        config.http_protocol_class = make
+        _listen_for_the_end(config.http_protocol_class)
+        config.http_protocol_class = _noted(config.http_protocol_class, self)
         await self.tick()
         await self.server.startup(sockets=[each.sock for each in self.sockets])
 
@@ -152,6 +142,74 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
             self.cut.append((scope["method"], scope["path"]))
             cycle.disconnected = True
             cycle.transport.close()
+
+
+# -- the protocol while it serves --------------------------------------------------------------------------------------
+def _noted(stock: Any, worker: UvicornWorker) -> Any:
+    """uvicorn's protocol class, whose objects are noted, and whose tasks and timers cost less."""
+    loop, born = worker.event_loop, worker.born
+    known = stock.__module__.endswith((".h11_impl", ".httptools_impl"))  # they have one timer, the keep-alive's
+
+    class Protocol(stock):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            born.add(self)
+            self.idle = None
+            if known:
+                self.idle = self.loop = _ConnectionLoop(loop, self.timeout_keep_alive_handler)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.idle is not None:
+                self.idle.close()
+
+    Protocol.__name__ = stock.__name__
+    return Protocol
+
+
+class _ConnectionLoop(ServerLoop):
+    """The loop as one connection sees it, which sets and cancels its keep-alive timer for each request.
+
+    A timer of the loop for each of them is much; this is one for each connection that looks, when it comes, whether the
+    connection has been idle for so long.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, idle: Any) -> None:
+        super().__init__(loop)
+        self._idle = idle
+        self._later = loop.call_later
+        self._due: float | None = None
+        self._handle: Any = None
+        self.call_later = self._call_later
+
+    def _call_later(self, delay: float, callback: Any) -> Any:
+        del callback  # the keep-alive's own
+        self._due = self.time() + delay
+        if self._handle is None:
+            self._handle = self._later(delay, self._look)
+        return self
+
+    def cancel(self) -> None:
+        """A request has come."""
+        self._due = None
+
+    def _look(self) -> None:
+        self._handle = None
+        if self._due is None:
+            return
+        left = self._due - self.time()
+        if left > 0:
+            self._handle = self._later(left, self._look)
+        else:
+            self._due = None
+            self._idle()
+
+    def close(self) -> None:
+        """The connection has ended."""
+        self._due = None
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
 
 
 # -- told of the end -------------------------------------------------------------------------------------------------
