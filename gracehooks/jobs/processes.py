@@ -412,8 +412,7 @@ def _known() -> set[int]:
 
 def reap_adopted() -> bool:
     """Reap zombies that were adopted from descendants; whether any child is left that may become one."""
-    seen = scan()
-    known = _known()
+    seen, known = _scan_with_known()
     strays = [each for each in _children(os.getpid(), seen) if each.pid not in known and each.pid not in _adopted]
     now = time.monotonic()
     left = False
@@ -438,11 +437,18 @@ def _look_at_children(patience: int) -> tuple[dict[int, Seen], set[int], bool]:
     for _ in range(patience):
         last = _last_start
         if not _starts:
-            seen, known = scan(), _known()
+            seen, known = _scan_with_known()
             if _last_start is last and not _starts:
                 return seen, known, True
         time.sleep(0.001)
-    return scan(), _known(), False
+    return *_scan_with_known(), False
+
+
+def _scan_with_known() -> tuple[dict[int, Seen], set[int]]:
+    """Every process, and the children that were known before or after: one that ends meanwhile is in the scan still."""
+    before = _known()
+    seen = scan()
+    return seen, before | _known()
 
 
 class Descendants:

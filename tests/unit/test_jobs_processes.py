@@ -225,6 +225,24 @@ def test_an_exit_by_force_counts_everything_and_leaves_no_process(found: Tracker
         jobs.submit(int)
 
 
+def test_a_child_that_ends_while_we_look_is_no_stray(found: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = processes.scan
+    child = jobs.popen(["cat"], stdin=subprocess.PIPE)
+
+    def scan() -> dict[int, processes.Seen]:
+        seen = real()
+        if child.stdin is not None and not child.stdin.closed:
+            assert seen[child.pid].alive
+            child.stdin.close()
+            eventually(lambda: len(found) == 0, what="the end of the child, after it was seen alive")
+        return seen
+
+    monkeypatch.setattr(processes, "scan", scan)
+    processes.Descendants().adopt(found)
+    assert end(found) == []
+    assert balanced(found)["accepted"] == 1
+
+
 def test_zombies_that_were_adopted_are_reaped_and_owned_ones_are_not(
     found: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
