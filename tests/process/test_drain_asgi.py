@@ -287,6 +287,30 @@ def test_requests_under_way_end_and_say_that_the_connection_ends(worker):
         assert outcome(server)["lost"] == {"requests": [], "jobs": []}
 
 
+@pytest.mark.parametrize("worker", ONE_EACH)
+def test_the_backlog_of_a_busy_worker_is_served_and_silent_connections_linger(worker):
+    with serving(worker, "gracehooks.configure(drain_timeout=10)") as server:
+        blocking = ask(server, "/block?1.5")
+        eventually(lambda: noted(server, "block begins"))
+        waiting = [ask(server, f"/?{number}") for number in range(200)]
+        silent = [server.address.connect() for _ in range(40)]
+        server.signal("TERM")
+        server.wait_for("AcceptingEnded")
+        for each in (blocking, *waiting):
+            assert read_answer(each).read() == b"ok"
+        for each in silent[::2]:
+            each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        for each in silent[::2]:
+            answer = read_answer(each)
+            assert (answer.read(), answer.getheader("connection")) == (b"ok", "close")
+        for each in (*waiting, *silent[::2]):
+            each.close()
+        for each in silent[1::2]:
+            assert each.recv(1) == b""
+        assert server.wait_gone(server.process.pid) == 0
+        assert outcome(server)["lost"] == {"requests": [], "jobs": []}
+
+
 @pytest.mark.parametrize("worker", EACH)
 def test_an_idle_worker_is_gone_at_once_and_runs_every_hook(worker):
     with serving(worker) as server:

@@ -405,11 +405,15 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         return application, self.state
 
     async def listen(self) -> None:
-        """As gunicorn does, with our protocol."""
+        """As gunicorn does, with our protocol, and with gunicorn's backlog.
+
+        asyncio listens anew, by itself with room for 100: what a client takes for a connection beyond that would be reset
+        when the listener is closed.
+        """
         ssl_context = self._get_ssl_context()
         for sock in self.sockets:
             server = await self.event_loop.create_server(
-                self._make_protocol, sock=sock.sock, ssl=ssl_context, start_serving=True
+                self._make_protocol, sock=sock.sock, ssl=ssl_context, backlog=self.cfg.backlog, start_serving=True
             )
             self.servers.append(server)
             self.log.info("ASGI server listening on %s", sock)
