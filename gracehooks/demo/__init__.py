@@ -300,7 +300,7 @@ class Demo:
         before = self._ask("/version")
         self._release(release, broken)
         code, said, seconds = self._command("upgrade")
-        after = self._version_soon(before if broken else release)
+        after = self._version_soon(release) if code == 0 else self._ask("/version")
         good = (code == 1 and after == before) if broken else (code == 0 and after == release)
         phases = ", ".join(f"{name} {value:.2f}" for name, value in (said.get("phases") or {}).items())
         note = str(said.get("reason") or phases)
