@@ -467,8 +467,8 @@ class Connections:
     def __init__(self, worker: ASGIWorker) -> None:
         self._worker = worker
         self._tasks: set[Any] = set()
-        for each in list(worker.connections):
-            straddling = each._current_request if self._is_answering(each) else None
+        for each in {*worker.connections, *worker.born}:  # also those whose TLS handshake is under way
+            straddling = each._current_request if each.transport is not None and self._is_answering(each) else None
             each.__class__ = worker.protocol_class
             each.straddling = straddling
         for each in list(worker.connections):
@@ -485,11 +485,13 @@ class Connections:
         """Those that we have not closed."""
         return [each for each in self._worker.connections if not each._closed]
 
-    def pending(self) -> int:
-        """Those whose TLS handshake is under way, and those whose client has not closed yet."""
-        beginning = sum(1 for each in list(self._worker.born) if each.transport is None)
-        flushing = sum(1 for each in self._worker.connections if unsent(each.transport))
-        return beginning + flushing + len(self._worker.farewells)
+    def beginning(self) -> int:
+        """Those whose TLS handshake is under way."""
+        return sum(1 for each in list(self._worker.born) if each.transport is None)
+
+    def ending(self) -> int:
+        """Those whose client has not closed yet, and those that send."""
+        return len(self._worker.farewells) + sum(1 for each in self._worker.connections if unsent(each.transport))
 
     def calls_in_flight(self) -> int:
         """As the page counts them."""

@@ -51,8 +51,11 @@ class Side(Protocol):
     def connections(self) -> Iterable[Any]:
         """Those that are open and have not been closed by us."""
 
-    def pending(self) -> int:
-        """How many are neither known nor gone: accepted and not begun, or closed by us and not yet by the client."""
+    def beginning(self) -> int:
+        """How many were accepted and are not known yet: their TLS handshake is under way, or has failed just now."""
+
+    def ending(self) -> int:
+        """How many were closed by us and not yet by the client, or have something left to send."""
 
     def calls_in_flight(self) -> int:
         """How many application calls run, with or without a connection."""
@@ -135,7 +138,9 @@ async def depart(
         if now >= tell_at:
             side.tell()
         side.settle()
-        if not left and not side.pending() and not side.calls_in_flight():
+        if now - began < linger(False):
+            left += side.beginning()
+        if not left and not side.ending() and not side.calls_in_flight():
             return
         if deadline.passed:
             return

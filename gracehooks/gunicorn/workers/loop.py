@@ -185,7 +185,10 @@ class LoopWorker(Drained):
             await self._accept_what_waits()
         await self._stop_accepting()
         deadline = drain.accepting_ended()
-        await depart(side, deadline, self.settings.drain_timeout, self._linger, self._pause)
+        try:
+            await depart(side, deadline, self.settings.drain_timeout, self._linger, self._pause)
+        except Exception:
+            self.log.exception("gracehooks: the departure of the connections failed; the next phase begins")
         await drain.finish_async()
 
     async def _accept_what_waits(self) -> None:

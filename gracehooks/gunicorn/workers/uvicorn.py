@@ -313,20 +313,21 @@ class Connections:
         server_state.default_headers = [*server_state.default_headers, CLOSE]
         for each in list(server_state.connections):
             self._change(each)
+        for each in list(worker.born):
+            if each.transport is None:
+                self._change_when_made(each)  # its TLS handshake is under way
         make = config.http_protocol_class
+        config.http_protocol_class = lambda **kwargs: self._change_when_made(make(**kwargs))
 
-        def make_changed(**kwargs: Any) -> Any:
-            protocol = make(**kwargs)
-            connection_made = protocol.connection_made
+    def _change_when_made(self, protocol: Any) -> Any:
+        connection_made = protocol.connection_made
 
-            def made(transport: Any) -> None:
-                connection_made(transport)
-                self._change(protocol)
+        def made(transport: Any) -> None:
+            connection_made(transport)
+            self._change(protocol)
 
-            protocol.connection_made = made
-            return protocol
-
-        config.http_protocol_class = make_changed
+        protocol.connection_made = made
+        return protocol
 
     def _change(self, protocol: Any) -> None:
         transport = protocol.transport
@@ -368,11 +369,13 @@ class Connections:
             if isinstance(transport, PoliteTransport) and not transport.is_closing():
                 yield each
 
-    def pending(self) -> int:
-        """Those whose TLS handshake is under way, and those whose client has not closed yet."""
-        beginning = sum(1 for each in list(self._worker.born) if each.transport is None)
-        flushing = sum(1 for each in self._server_state.connections if unsent(each.transport))
-        return beginning + flushing + len(self._worker.farewells)
+    def beginning(self) -> int:
+        """Those whose TLS handshake is under way."""
+        return sum(1 for each in list(self._worker.born) if each.transport is None)
+
+    def ending(self) -> int:
+        """Those whose client has not closed yet, and those that send."""
+        return len(self._worker.farewells) + sum(1 for each in self._server_state.connections if unsent(each.transport))
 
     def calls_in_flight(self) -> int:
         """As the page counts them."""
