@@ -30,7 +30,7 @@ from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.workers.calls import WEBSOCKET, Application, Call
 from gracehooks.gunicorn.workers.departure import State
 from gracehooks.gunicorn.workers.farewell import CLOSING, unread, unsent
-from gracehooks.gunicorn.workers.loop import LoopWorker, PlainSignals, ServerLoop, final_line
+from gracehooks.gunicorn.workers.loop import LoopWorker, PlainSignals, ServerLoop, final_line, overhear
 from gracehooks.scoreboard import Page
 
 
@@ -384,13 +384,14 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
             from gunicorn.asgi.lifespan import LifespanManager
 
             self.lifespan = lifespan = LifespanManager(application, self.log, self.state)
+            failed: list[str] = []
+            overhear(lifespan, "_send", failed)
             try:
                 await lifespan.startup()
-            except Exception as error:  # noqa: BLE001 - as gunicorn has it
-                reported = getattr(lifespan, "_startup_reported", type(error).__name__ == "LifespanStartupFailed")
+            except Exception as error:  # noqa: BLE001 - as gunicorn 27 has it: what the application itself has said counts
                 self.lifespan = None
-                if mode == "on" or reported:
-                    reason = final_line(str(getattr(lifespan, "_startup_error", None) or error))
+                if mode == "on" or failed:
+                    reason = failed[0] if failed else final_line(str(lifespan._startup_error or error))
                     self.refuse_to_boot(f"the lifespan startup failed: {reason}")
                 self.log.debug("ASGI lifespan not supported by app: %s", error)
             else:
@@ -491,7 +492,11 @@ class Connections:
 
     def ending(self) -> int:
         """Those whose client has not closed yet, and those that send."""
-        return len(self._worker.farewells) + sum(1 for each in self._worker.connections if unsent(each.transport))
+        return (
+            len(self._worker.farewells)
+            + len(self._tasks)
+            + sum(1 for each in self._worker.connections if unsent(each.transport))
+        )
 
     def calls_in_flight(self) -> int:
         """As the page counts them."""

@@ -31,7 +31,7 @@ from gracehooks.gunicorn.workers.farewell import CLOSING, Farewell
 from gracehooks.jobs import tasks
 from gracehooks.scoreboard import RequestInFlight
 
-__all__ = ["LoopWorker", "PlainSignals", "ServerLoop", "final_line"]
+__all__ = ["LoopWorker", "PlainSignals", "ServerLoop", "final_line", "overhear"]
 
 #: The heartbeat while the worker serves, in seconds.
 PACE = 1.0
@@ -328,6 +328,18 @@ async def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
         await asyncio.wait_for(loop.shutdown_asyncgens(), TASKS_AT_EXIT)
     except asyncio.TimeoutError:
         pass
+
+
+def overhear(lifespan: Any, name: str, failed: list[str]) -> None:
+    """Note in `failed` why the application says that its startup failed; `name` is the lifespan's method that it sends by."""
+    send = getattr(lifespan, name)
+
+    async def overheard(message: Any) -> None:
+        if message["type"] == "lifespan.startup.failed":
+            failed.append(final_line(message.get("message") or "the application gave no reason"))
+        await send(message)
+
+    setattr(lifespan, name, overheard)
 
 
 def final_line(text: str) -> str:

@@ -25,7 +25,7 @@ from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.workers.calls import Application
 from gracehooks.gunicorn.workers.departure import State
 from gracehooks.gunicorn.workers.farewell import CLOSING, PoliteTransport, unsent
-from gracehooks.gunicorn.workers.loop import LoopWorker, PlainSignals, ServerLoop, final_line
+from gracehooks.gunicorn.workers.loop import LoopWorker, PlainSignals, ServerLoop, overhear
 
 try:
     import uvicorn_worker
@@ -38,6 +38,7 @@ except ImportError as error:
 __all__ = ["UvicornWorker"]
 
 CLOSE = (b"connection", b"close")
+SERVICE_RESTART = 1012
 #: The drain closes idle connections itself: uvicorn's timer must not, while a request may be on its way.
 NEVER = 1e6
 #: How much of an answer's first bytes is looked at for its content type.
@@ -78,7 +79,7 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
         lifespan = config.lifespan_class(config)
         failed: list[str] = []
         if hasattr(lifespan, "send"):
-            _overhear(lifespan, failed)
+            overhear(lifespan, "send", failed)
         await lifespan.startup()
         if lifespan.should_exit:
             self.refuse_to_boot(f"the lifespan startup failed: {failed[0] if failed else 'see the log above'}")
@@ -272,18 +273,6 @@ def _is_event_stream(cycle: Any) -> bool:
     return any(name == b"accept" and b"text/event-stream" in value for name, value in cycle.scope["headers"])
 
 
-def _overhear(lifespan: Any, failed: list[str]) -> None:
-    """Note why a startup failed."""
-    send = lifespan.send
-
-    async def overheard(message: Any) -> None:
-        if message["type"] == "lifespan.startup.failed":
-            failed.append(final_line(message.get("message") or "the application gave no reason"))
-        await send(message)
-
-    lifespan.send = overheard
-
-
 class _Started:
     """The lifespan as uvicorn's `startup` sees it: it has run already."""
 
@@ -306,6 +295,8 @@ class Connections:
     def __init__(self, worker: UvicornWorker) -> None:
         self._worker = worker
         self._server_state = server_state = worker.server.server_state
+        self._restarted: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._tasks: set[Any] = set()
         config = worker.config
         # WebSockets must not say `Connection: close` in their handshake.
         self._plain_state = copy.copy(server_state)
@@ -375,7 +366,11 @@ class Connections:
 
     def ending(self) -> int:
         """Those whose client has not closed yet, and those that send."""
-        return len(self._worker.farewells) + sum(1 for each in self._server_state.connections if unsent(each.transport))
+        return (
+            len(self._worker.farewells)
+            + len(self._tasks)
+            + sum(1 for each in self._server_state.connections if unsent(each.transport))
+        )
 
     def calls_in_flight(self) -> int:
         """As the page counts them."""
@@ -404,8 +399,23 @@ class Connections:
 
     def restart(self, connection: Any) -> None:
         """uvicorn's own way to close a WebSocket at the end: with 1012."""
-        connection.shutdown()
-        connection.transport.close(CLOSING)
+        if not hasattr(connection, "ws_server"):
+            connection.shutdown()
+            connection.transport.close(CLOSING)
+        elif connection not in self._restarted:
+            self._restarted.add(connection)
+            task = self._worker.event_loop.create_task(self._restart(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _restart(self, connection: Any) -> None:
+        # With the older implementation of websockets that way cancels what the application waits for; this tells it.
+        connection.ws_server.closing = True
+        try:
+            await asyncio.wait_for(connection.close(SERVICE_RESTART), CLOSING)
+        except Exception:  # noqa: BLE001 - the client has not said goodbye, or has gone
+            connection.shutdown()
+            connection.transport.close(CLOSING)
 
     def tell(self) -> None:
         """Streams of server-sent events, long polls, and answers of which nobody knows what they are."""
