@@ -1,7 +1,7 @@
 """One subscriber to events: the lines that an operator reads. `GRACEHOOKS_LOG=json` makes each a JSON object.
 
 The set is small and documented (docs/reference/events.md); every line begins with "gracehooks: " and carries generation
-and pid. Counters go to statsd where gunicorn's own instrumentation is on: it reads `extra={"metric": …}`.
+and pid. Counters go to statsd where gunicorn's own instrumentation is on.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ class Logbook:
         method("%s", text)
 
     def _count(self, event: events.Event) -> None:
-        extra = {"metric": f"gracehooks.{event.name}", "value": 1, "mtype": "counter"}
-        self._log.debug("", extra=extra) if hasattr(self._log, "statsd_prefix") else None
-        if isinstance(event, (events.WorkerEnded, events.Stopped)) and hasattr(self._log, "statsd_prefix"):
-            for what in ("requests", "jobs"):
-                amount = len(event.lost.get(what, ()))
-                if amount:
-                    name = f"gracehooks.lost_{what}"
-                    self._log.debug("", extra={"metric": name, "value": amount, "mtype": "counter"})
+        increment = getattr(self._log, "increment", None)  # gunicorn's logger where statsd is on
+        if increment is None:
+            return
+        increment(f"gracehooks.{event.name}", 1)
+        if isinstance(event, events.WorkerEnded):  # a stop and a retired generation only sum these up
+            for what, lost in event.lost.items():
+                if lost:
+                    increment(f"gracehooks.lost_{what}", len(lost))

@@ -209,7 +209,7 @@ class Load:
             self._process.wait(LONGEST_STEP)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        self._reader.join()
+        self._reader.join(LONGEST_STEP)  # it ends with the clients' output
         for kind, row in zip(KINDS, self._last.get("counts", ()), strict=False):
             report.requests[kind] = dict(zip(clients.OUTCOMES, row, strict=True))
         report.lost = self._lost

@@ -57,6 +57,7 @@ class Departure:
 
     deadline: Deadline
     reason: str
+    booting: bool = False  #: it was not ready when it was told
     forced: bool = False
 
 
@@ -117,7 +118,6 @@ class Grace:
         #: The names of the listeners that we opened beside those of systemd; None before we looked.
         self.own: list[str] | None = None
         self.retiring = False
-        self.retired_at = 0.0
         self.ended = Losses()
         self.pending: list[Pending] = []
         self.takeover: dict[str, Any] | None = None
@@ -221,6 +221,7 @@ class Grace:
             self.driver.workers_gone()
         self._settle_pending()
         self.write_status()
+        self._measure()
         self._speak()
         if self._finished:
             self._end_of_loop()
@@ -260,6 +261,19 @@ class Grace:
             phase=last.get("state", ""),
         )
 
+    def _measure(self) -> None:
+        """gunicorn's own gauges, which its `manage_workers` would send: here, since ours took its place."""
+        arbiter, number = self.arbiter, len(self.arbiter.WORKERS)
+        if arbiter._last_logged_active_worker_count != number:
+            arbiter._last_logged_active_worker_count = number
+            extra = {"metric": "gunicorn.workers", "value": number, "mtype": "gauge"}
+            arbiter.log.debug(f"{number} workers", extra=extra)
+        if getattr(arbiter.cfg, "enable_backlog_metric", False):  # gunicorn 24 and newer
+            waiting = sum(each.get_backlog() or 0 for each in arbiter.LISTENERS)
+            if waiting >= 0:
+                extra = {"metric": "gunicorn.backlog", "value": waiting, "mtype": "histogram"}
+                arbiter.log.debug(f"socket backlog: {waiting}", extra=extra)
+
     # -- workers -------------------------------------------------------------------------------------------------
     def workers(self, cohort: int | None = None) -> Iterator[tuple[int, Any]]:
         """The workers that were not told to go, of the serving cohort or of `cohort`."""
@@ -298,8 +312,9 @@ class Grace:
                 worker.page.order = order
             return
         worker.page.order = order
-        bound = self.settings.leave_budget + MARGIN if worker.page.ready else BOOTING_LEAVES_WITHIN
-        self.leaving[pid] = Departure(Deadline.after(bound), reason)
+        booting = not worker.page.ready
+        bound = BOOTING_LEAVES_WITHIN if booting else self.settings.leave_budget + MARGIN
+        self.leaving[pid] = Departure(Deadline.after(bound), reason, booting)
         processes.signal_process(pid, signal.SIGTERM)
 
     def _force_the_late(self) -> None:
@@ -308,15 +323,12 @@ class Grace:
             if worker is None:
                 del self.leaving[pid]
             elif departure.deadline.passed:
-                late_boot = (
-                    worker.page.ready and departure.deadline.at - worker.page.phase_since < BOOTING_LEAVES_WITHIN
-                )
-                if late_boot and not departure.forced and not self.stopping_forced:
+                if departure.booting and worker.page.ready and not departure.forced and not self.stopping_forced:
                     # It became ready after it was told to go, and may hold requests: it gets the whole bound, once.
+                    departure.booting = False
                     departure.deadline = Deadline.after(self.settings.leave_budget + MARGIN)
-                    departure.reason += " "
-                    continue
-                self._kill(pid, departure)
+                else:
+                    self._kill(pid, departure)
 
     @property
     def stopping_forced(self) -> bool:
@@ -327,9 +339,7 @@ class Grace:
         if not departure.forced:
             departure.forced = True
             events.publish(
-                events.ForcedExit(
-                    **self.identity(), worker=pid, reason=f"it had not left in time ({departure.reason.strip()})"
-                )
+                events.ForcedExit(**self.identity(), worker=pid, reason=f"it had not left in time ({departure.reason})")
             )
         departure.deadline = Deadline.after(1.0)
         processes.signal_process(pid, signal.SIGKILL)
@@ -440,7 +450,7 @@ class Grace:
 
     def _why(self, worker: Any, departure: Departure | None, status: int, how: str) -> str:
         if departure is not None and departure.forced:
-            return f"killed: {departure.reason.strip()}"
+            return f"killed: {departure.reason}"
         if worker.aborted:
             return "WORKER TIMEOUT"
         if os.WIFSIGNALED(status):
@@ -731,7 +741,7 @@ class Grace:
 
     def retire(self) -> None:
         """The successor serves: every worker drains, and what waits at the listeners is left to it."""
-        self.retiring, self.retired_at = True, time.monotonic()
+        self.retiring = True
         self.ended = Losses()
         for each in self.predecessors:
             if each.channel is not None:
@@ -762,18 +772,21 @@ class Grace:
         arbiter = self.arbiter
         if arbiter.cfg.pidfile is not None:
             try:
-                if Path(arbiter.cfg.pidfile).read_text().strip() != str(os.getpid()):
+                if not self._pidfile_is_ours():
                     self._take_pidfile()
-            except OSError:
-                try:
-                    self._take_pidfile()
-                except OSError as error:
-                    arbiter.log.error("gracehooks: cannot write the pidfile (%s); the server serves on", error)
+            except OSError as error:
+                arbiter.log.error("gracehooks: cannot write the pidfile (%s); the server serves on", error)
             self._unlink_second_pidfile()
         self.moor()
         if getattr(arbiter, "_control_server", None) is None:
             arbiter._start_control_server()
         self.book.register(os.getpid())
+
+    def _pidfile_is_ours(self) -> bool:
+        try:
+            return Path(self.arbiter.cfg.pidfile).read_text().strip() == str(os.getpid())
+        except OSError:
+            return False
 
     def _unlink_second_pidfile(self) -> None:
         path = Path(f"{self.arbiter.cfg.pidfile}.2")
@@ -796,6 +809,10 @@ class Grace:
     def begin_stop(self, reason: str) -> None:
         """Begin a bounded stop; a second TERM, or one to a retiring master, changes nothing."""
         if self.stopping is not None or self.retiring:
+            self.arbiter.log.info(
+                "gracehooks: %s changes nothing: this master is leaving already, within its bound (INT forces it)",
+                reason,
+            )
             return
         self.driver.stop_asked()
         lame_duck = self.settings.lame_duck if self.final else 0.0
@@ -817,12 +834,12 @@ class Grace:
         """Force now, with the report: each worker gets a moment for its hooks, then it is killed."""
         if self.stopping is None:
             budget = HAMMER_WITHIN
-            self.stopping = Stop(
-                uuid.uuid4().hex[:12], reason, self.final, time.monotonic(), Deadline.after(budget), draining=True
-            )
+            self.stopping = Stop(uuid.uuid4().hex[:12], reason, self.final, time.monotonic(), Deadline.after(budget))
             events.publish(events.StopStarted(**self.identity(), reason=reason, budget=budget))
             self.driver.stop_asked()
         stop = self.stopping
+        if not stop.draining:
+            self._end_accepting(stop)
         stop.forced, stop.draining, stop.lame_duck = True, True, None
         stop.deadline = stop.deadline.earlier(Deadline.after(HAMMER_WITHIN))
         if self.successor is not None and self.driver.under_way:  # one that was committed serves, and stays
@@ -845,13 +862,12 @@ class Grace:
             stop.lame_duck = None
         if not stop.draining:
             stop.draining = True
-            # systemd keeps its sockets, and what waits there, for the next start; what is ours is served to the end.
-            ours = [each for each in self.arbiter.LISTENERS if self._is_ours(each)]
-            if stop.final and ours:
-                listeners.end_accepting(ours, unlink=not self.arbiter.cfg.reuse_port)
+            order = Order.RETIRE
+            if self._end_accepting(stop):
+                order = Order.STOP
                 events.publish(events.AcceptingEnded(**self.identity()))
             for pid in list(self.arbiter.WORKERS):
-                self.let_go(pid, Order.STOP if stop.final and ours else Order.RETIRE, f"stopped by {stop.reason}")
+                self.let_go(pid, order, f"stopped by {stop.reason}")
         if stop.deadline.passed and self.arbiter.WORKERS:
             self.force_workers("the stop budget" if not stop.forced else f"forced by {stop.reason}")
         older = self.predecessors_alive() if stop.final else []
@@ -867,6 +883,16 @@ class Grace:
         if self.driver.under_way and self.successor is not None:
             self.successor.roll_back(True)
         self._stopped(stop)
+
+    def _end_accepting(self, stop: Stop) -> bool:
+        """Shut the door of the listeners that nobody serves after us; whether there are any.
+
+        systemd keeps its sockets, and what waits there, for the next start; what is ours is served to the end.
+        """
+        ours = [each for each in self.arbiter.LISTENERS if stop.final and self._is_ours(each)]
+        if ours:
+            listeners.end_accepting(ours, unlink=not self.arbiter.cfg.reuse_port)
+        return bool(ours)
 
     def _stopped(self, stop: Stop) -> None:
         self.stopping = stop

@@ -576,43 +576,9 @@ class _Asynchronous:
         return f"lifespan startup raised {type(error).__name__}: {error}"
 
     async def _ask(self, path: str) -> str:
-        from gracehooks.gunicorn.workers.ready import verdict
+        from gracehooks.gunicorn.workers.ready import ask_asgi
 
-        path, _, query = path.partition("?")
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "GET",
-            "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": query.encode(),
-            "root_path": "",
-            "headers": [(b"host", b"localhost"), (b"user-agent", b"gracehooks-check")],
-            "client": ("127.0.0.1", 0),
-            "server": ("localhost", 80),
-            "state": dict(self._state),
-        }
-        status: list[int] = []
-        asked = False
-
-        async def receive() -> dict[str, Any]:
-            nonlocal asked
-            if asked:
-                return {"type": "http.disconnect"}
-            asked = True
-            return {"type": "http.request", "body": b"", "more_body": False}
-
-        async def send(message: Mapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                status.append(int(message["status"]))
-
-        try:
-            await self._loaded(scope, receive, send)
-        except Exception as error:  # noqa: BLE001 - whatever it raises, it is the reason
-            return f"raised {type(error).__name__}: {error} on {path}"
-        return verdict(path, status[0]) if status else f"gave no status on {path}"
+        return await ask_asgi(self._loaded, path, self._state)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,9 @@ class CohortHost:
             for each in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD):
                 signal.signal(each, signal.SIG_DFL)
             os.dup2(pipe, 2)
+            processes.signal_at_parents_end(
+                signal.SIGKILL
+            )  # a file that hangs must not outlive a master that is killed
             settings.forget()
             self._arbiter.app.reload()
             settings.resolve()

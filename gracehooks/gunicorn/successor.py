@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,6 +100,7 @@ class ReexecHost:
         self._serving: set[int] = set()
         self._failure = ""
         self._status: int | None = None
+        self._told_end = False  #: of the channel, while the process lives
         self._told_death = False
 
     # -- before the fork ---------------------------------------------------------------------------------------
@@ -241,12 +241,11 @@ class ReexecHost:
                 yield Fact(Happened.COMMITTED)
             elif said == "superseded":
                 yield Fact(Happened.SUPERSEDED)
-        if channel.closed and self._status is None and processes.alive(self.pid) and not self._told_death:
-            # It closed the channel and lives: it execs, or its code is not ours any more. Not a reason by itself.
+        if channel.closed and not self._told_end and self._status is None and processes.alive(self.pid):
+            # It lives and will never say that it serves; if it is dying, the reaper brings the better reason.
+            self._told_end = True
             self._failure = self._failure or "closed the channel without a word"
-            self._told_death = True
             yield Fact(Happened.FAILED, self._failure)
-            self._told_death = False
 
     def _copy_stderr(self) -> None:
         while self._stderr >= 0:
@@ -339,9 +338,7 @@ class ReexecHost:
         grace = self._arbiter.grace
         if self._channel is not None:
             self._channel.send(say="drained", **grace.losses())
-            until = time.monotonic() + 1.0
-            while self._channel._outgoing and not self._channel.closed and time.monotonic() < until:
-                self._channel.flush()
+            self._channel.flush_within(1.0)
         grace.leave()
 
     def _close(self) -> None:

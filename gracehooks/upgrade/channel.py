@@ -1,13 +1,16 @@
 """What the two masters say to each other: one JSON object a line, over a socket pair that only they hold.
 
-The end of the stream is a message too: the other side is gone. No call blocks.
+The end of the stream is a message too: the other side is gone. No call blocks, but for `flush_within`, which has a bound.
 """
 
 from __future__ import annotations
 
 import json
+import select
 import socket
 from typing import Any
+
+from gracehooks.deadline import Deadline
 
 __all__ = ["Channel"]
 
@@ -45,6 +48,15 @@ class Channel:
                 self._outgoing = b""
                 return  # what the other side said before it died is still to be read
             self._outgoing = self._outgoing[sent:]
+
+    def flush_within(self, seconds: float) -> bool:
+        """Send what is left, waiting at most so long for room; whether all is sent. For the last word before an end."""
+        deadline = Deadline.after(seconds)
+        self.flush()
+        while self._outgoing and not self.closed and not deadline.passed:
+            select.select([], [self._sock], [], deadline.left())
+            self.flush()
+        return not self._outgoing
 
     def receive(self) -> list[dict[str, Any]]:
         """What the other side has said since; sets `closed` at the end of the stream."""

@@ -80,9 +80,8 @@ class Driver:
         self._host: Host | None = None
         self._bound: Deadline | None = None
         self._since = 0.0
-        self._begun = 0.0
         self._reason = ""
-        self._forced = False
+        self._successor = 0
         self._settings = Settings()
 
     @property
@@ -109,8 +108,8 @@ class Driver:
         except PreflightError as error:
             self.refuse(id, host.kind, str(error))
             return False
-        self._host, self._settings, self._reason, self._forced = host, settings, "", False
-        self._begun = self._since = time.monotonic()
+        self._host, self._settings, self._reason, self._successor = host, settings, "", successor
+        self._since = time.monotonic()
         self.last = {
             "id": id,
             "kind": host.kind,
@@ -123,7 +122,6 @@ class Driver:
         }
         self._enter(State.BOOTING, settings.ready_timeout)
         events.publish(events.UpgradeStarted(**self._identity(), id=id, kind=host.kind, successor=successor))
-        self._successor = successor
         return True
 
     def refuse(self, id: str, kind: str, reason: str) -> None:

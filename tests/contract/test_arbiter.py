@@ -13,6 +13,7 @@ from gunicorn import sock, util
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
+from gunicorn.glogging import Logger
 from gunicorn.pidfile import Pidfile
 
 from gracehooks.gunicorn.arbiter import GracefulArbiter, make_graceful
@@ -201,3 +202,15 @@ def test_the_process_title_can_be_set():
 
 def test_signals_that_concern_us_are_the_arbiters():
     assert {signal.SIGHUP, signal.SIGQUIT, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2} <= set(Arbiter.SIGNALS)
+
+
+def test_gauges_are_sent_by_the_tick_that_ours_replaces():
+    assert "_last_logged_active_worker_count" in source("manage_workers")
+    assert '"gunicorn.workers"' in source("manage_workers")
+
+
+def test_the_logger_of_statsd_increments():
+    from gunicorn.instrument.statsd import Statsd
+
+    assert list(inspect.signature(Statsd.increment).parameters)[:3] == ["self", "name", "value"]
+    assert not hasattr(Logger, "increment")

@@ -172,3 +172,13 @@ def test_a_worker_that_dies_during_a_reload_is_replaced_by_one_of_the_old():
         server.wait_for("GenerationRetired", id=started["id"])
         eventually(lambda: len(server.workers()) == 2)
         assert server.get("/fast").status == 200
+
+
+def test_a_configuration_that_hangs_does_not_outlive_a_master_that_is_killed():
+    with serve() as server:
+        conf = server.dir / "gunicorn.conf.py"
+        conf.write_text(conf.read_text() + "\nimport time\ntime.sleep(3600)\n")
+        server.signal("HUP")
+        probe = server.wait_for("UpgradeStarted")["successor"]
+        server.signal("KILL")
+        server.wait_gone(probe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -207,3 +208,44 @@ def test_the_hammer_to_a_master_that_retires_leaves_the_new_one_alone():
         retired = server.wait_for("GenerationRetired")
         assert [each["path"] for each in retired["lost"]["requests"]] == ["/sleep"]
         assert server.stop() == 0
+
+
+def test_the_hammer_leaves_no_unix_path_behind():
+    with serve(bind="unix") as server:
+        path = server.dir / "gunicorn.sock"
+        assert path.exists()
+        server.signal("INT")
+        server.wait_gone(server.process.pid)
+        assert not path.exists()
+
+
+def test_term_to_a_master_that_retires_is_answered_in_the_log():
+    with serve(APP) as server:
+        old = server.pid
+        with asking(server, "/sleep?s=2"):
+            assert server.upgrade()["event"] == "UpgradeCompleted"
+            server.signal("TERM", old)
+            eventually(lambda: "SIGTERM changes nothing: this master is leaving already" in server.log())
+        server.wait_gone(old)
+        assert server.get("/").status == 200
+
+
+def test_metrics_reach_statsd_gunicorns_own_among_them():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as statsd:
+        statsd.bind(("127.0.0.1", 0))
+        statsd.settimeout(0.05)
+        heard: set[str] = set()
+
+        def hear() -> set[str]:
+            try:
+                while True:
+                    heard.add(statsd.recv(4096).decode().split(":")[0])
+            except TimeoutError:
+                return heard
+
+        with serve(config=f"statsd_host = '127.0.0.1:{statsd.getsockname()[1]}'") as server:
+            assert server.upgrade()["event"] == "UpgradeCompleted"
+            wanted = {"gunicorn.workers", "gracehooks.UpgradeStarted", "gracehooks.UpgradeCompleted"}
+            eventually(lambda: wanted <= hear(), what="the metrics of an upgrade")
+            assert server.stop() == 0
+            eventually(lambda: "gracehooks.Stopped" in hear(), what="the metric of a stop")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -98,3 +100,18 @@ def test_the_descriptor_is_not_inherited(pair):
     assert not os.get_inheritable(channel.fileno())
     channel.close()
     assert channel.fileno() == -1
+
+
+def test_the_last_word_waits_for_room_and_not_for_ever():
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours)
+    channel.send(say="drained", text="x" * (LONGEST_MESSAGE // 2))
+    started = time.monotonic()
+    assert not channel.flush_within(0.1)  # nobody reads
+    assert time.monotonic() - started >= 0.1
+    reader = threading.Thread(target=lambda: [theirs.recv(65536) for _ in range(1000)], daemon=True)
+    reader.start()
+    assert channel.flush_within(60)
+    channel.close()
+    theirs.close()
+    reader.join(10)
