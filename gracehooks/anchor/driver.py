@@ -118,7 +118,7 @@ class Anchor:
     def _turn(self) -> None:
         self._selector.select(self._sleep())
         signals = self._signals()
-        for berth, fact in self.harbour.arrivals(self._forget):
+        for berth, fact in self.harbour.arrivals(self._forget, self.machine.child):
             self._selector.register(berth.line, selectors.EVENT_READ)
             self._take(fact)
         for berth in list(self.harbour.berths):

@@ -7,7 +7,7 @@ import os
 from gracehooks import processes
 from gracehooks.anchor.machine import Master
 
-__all__ = ["children", "descends", "handles", "masters"]
+__all__ = ["children", "descends", "handles", "masters", "user"]
 
 
 def children(pid: int | None = None) -> list[int]:
@@ -39,6 +39,14 @@ def descends(pid: int) -> bool:
             return False
         pid = parent(pid)
     return False
+
+
+def user(pid: int) -> int:
+    """The user that the process runs as; -1 where that cannot be seen."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return -1
 
 
 def handles(pid: int, signal: int) -> bool:

@@ -1,6 +1,7 @@
 """The anchor's side of the mooring: who speaks is a master, and what it hands over is held.
 
-What must hold: only a process of the same user (or of root) that descends from the anchor is heard; the sockets that are
+What must hold: only a process that descends from the anchor is heard, and only one of the anchor's user, of root's, or of the
+user that the command has changed to; the sockets that are
 held are those of the master that serves, also after its death, until the next one has handed over its own; a socket that
 the anchor was started with (`bind = "fd://3"`, socket activation) stays where it is and is not held twice. Where the
 system has no such sockets, the harbour is closed and nothing is held.
@@ -71,8 +72,10 @@ class Harbour:
         return None if self.door is None else os.fsdecode(self.door.getsockname()[1:])
 
     # -- hearing -------------------------------------------------------------------------------------------------
-    def arrivals(self, closed: Callable[[Berth], object]) -> Iterator[tuple[Berth, Fact]]:
-        """New lines, each with the fact that its master is there; `closed` is called for one that it takes the place of."""
+    def arrivals(self, closed: Callable[[Berth], object], child: int = 0) -> Iterator[tuple[Berth, Fact]]:
+        """New lines, each with the fact that its master is there; `closed` is called for one that it takes the place of.
+        `child` is the command's process, whose user is heard as well.
+        """
         while self.door is not None:
             try:
                 line, _ = self.door.accept()
@@ -80,7 +83,7 @@ class Harbour:
                 return
             line.setblocking(False)
             pid, uid, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            if uid not in (0, os.geteuid()) or not family.descends(pid):
+            if uid not in (0, os.geteuid(), family.user(child)) or not family.descends(pid):
                 line.close()
                 continue
             for other in [each for each in self.berths if each.pid == pid]:

@@ -1,8 +1,9 @@
 """The master's side of the anchor: hands over its listening sockets, says when it serves, sees when the anchor is gone.
 
 What must hold: without an anchor every call does nothing; none blocks, none raises; a process that was forked off a
-master (a worker, a hook's child) never speaks for it. The anchor knows the sender by the kernel's word (SO_PEERCRED), not
-by what it says.
+master (a worker, a hook's child) never speaks for it, nor does a server that a worker starts. A successor does: gunicorn
+executes it with the environment that the master was started with. The anchor knows the sender by the kernel's word
+(SO_PEERCRED), not by what it says.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from gracehooks.anchor.lines import ADDRESS, LISTENERS, MOST, SERVING
 __all__ = ["adrift", "anchored", "offer", "serving"]
 
 _line: socket.socket | None = None
-_owner = 0
 
 
 class Listener(Protocol):
@@ -62,7 +62,7 @@ def adrift() -> bool:
 
     Call it in the master now and then; it is False where there never was an anchor, and while the anchor renews itself.
     """
-    line = _line if _owner == os.getpid() else None
+    line = _line
     if line is None:
         return False
     try:
@@ -74,11 +74,9 @@ def adrift() -> bool:
 
 
 def _connected() -> socket.socket | None:
-    global _line, _owner
+    global _line
     name = os.environ.get(ADDRESS)
-    if name is None:
-        return None
-    if _line is not None and _owner == os.getpid():
+    if name is None or _line is not None:
         return _line
     line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -86,8 +84,21 @@ def _connected() -> socket.socket | None:
     except OSError:
         line.close()
         raise
-    _line, _owner = line, os.getpid()  # a copy from before a fork is closed here; the master's own stays open
+    _line = line
     return line
+
+
+def _forked() -> None:
+    """Run in whatever the master forks: it is no master."""
+    global _line
+    os.environ.pop(ADDRESS, None)
+    if _line is not None:
+        _line.close()
+        _line = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _say(text: str, fds: Iterable[int]) -> None:

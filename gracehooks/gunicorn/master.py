@@ -206,6 +206,7 @@ class Grace:
             return
         if self.own is None:
             self.own = listeners.add_own(self.arbiter) if self.arbiter.systemd else []
+            mooring.offer(self.arbiter.LISTENERS)  # a master that is killed while it boots is started with them too
         self.reap()
         if mooring.adrift() and self.final:
             self.begin_stop("the anchor is gone")

@@ -53,17 +53,22 @@ def test_a_stock_master_inherits_sockets_and_promotes_itself(bind: str) -> None:
             assert not Path(server.address.path).exists(), "a promoted master unlinks its socket"
 
 
-def test_a_socket_that_the_anchor_was_started_with_stays_the_configurations() -> None:
-    """`bind = "fd://9"`: every master finds it where the first one did, and the anchor does not hand it over besides."""
+@pytest.mark.parametrize("way", ["fd", "activation"])
+def test_a_socket_that_the_anchor_was_started_with_stays_the_configurations(way: str) -> None:
+    """`bind = "fd://9"`, or sd_listen_fds(3): every master finds it where the first one did, and the anchor does not hand it
+    over besides.
+    """
     opener = (
         "import os, re, socket, sys\n"
         "port = int(re.search(r':(\\d+)', open('gunicorn.conf.py').read())[1])\n"
         "listener = socket.create_server(('127.0.0.1', port), reuse_port=True)\n"
-        "os.dup2(listener.fileno(), 9)\n"
-        "os.execv(sys.argv[1], sys.argv[1:])\n"
+        f"os.set_inheritable(os.dup2(listener.fileno(), {9 if way == 'fd' else 3}), True)\n"
     )
+    if way == "activation":
+        opener += "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))\n"
+    opener += "os.execv(sys.argv[1], sys.argv[1:])\n"
     command = [*RUN, sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "app:app"]
-    config = 'bind = "fd://9"\n' + HOOKS
+    config = HOOKS + ('bind = "fd://9"\n' if way == "fd" else "")
     with serve(config=config, worker="gthread", command=[sys.executable, "-c", opener, *command]) as server:
         first = server.pid
         os.kill(first, signal.SIGKILL)

@@ -125,25 +125,18 @@ def test_nonsense_is_not_taken_for_a_word(harbour: Harbour, listener: socket.soc
     assert harbour.berths[0].fds == []
 
 
-def test_a_forked_child_has_a_line_of_its_own(harbour: Harbour) -> None:
+def test_what_a_master_forks_does_not_speak_for_it(harbour: Harbour) -> None:
     mooring.serving()
     heard(harbour)
-    said_end, say_end = os.pipe()
-    go_end, heard_end = os.pipe()
     child = os.fork()
     if child == 0:
         mooring.serving(5.0)
-        os.write(say_end, b".")
-        os.close(heard_end)
-        os.read(go_end, 1)
-        os._exit(0)
-    os.read(said_end, 1)
-    facts = heard(harbour)
-    os.close(heard_end)
-    os.waitpid(child, 0)
-    for fd in (said_end, say_end, go_end):
-        os.close(fd)
-    assert facts == [Moored(child), Serving(child, 5.0)]
+        os._exit(mooring.anchored())
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert heard(harbour) == []
+    mooring.serving(6.0)
+    assert heard(harbour) == [Serving(os.getpid(), 6.0)]
 
 
 def test_adrift_when_the_anchor_is_gone(harbour: Harbour) -> None:

@@ -26,6 +26,7 @@ from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 
 from gracehooks.gunicorn.workers.drained import Drained, announce
+from gracehooks.gunicorn.workers.http2 import goaway_at_the_end
 from gracehooks.gunicorn.workers.sockets import (
     AGAIN,
     NO_ROOM,
@@ -277,6 +278,7 @@ class GeventWorker(Drained, ggevent.GeventWorker):
 
     def handle_http2(self, *args: Any, **kwargs: Any) -> Any:
         """An HTTP/2 connection: it waits in a read of its own."""
+        goaway_at_the_end()
         self.connections[gevent.getcurrent()].http2 = True
         return super().handle_http2(*args, **kwargs)
 

@@ -14,13 +14,11 @@ It relies on `TConn`, `enqueue_req`, `handle`, `finish_request`, `keepalived_con
 from __future__ import annotations
 
 import os
-import select
 import selectors
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -30,6 +28,7 @@ from typing import Any
 from gunicorn.workers import gthread
 
 from gracehooks.gunicorn.workers.drained import Drained, announce
+from gracehooks.gunicorn.workers.http2 import goaway_at_the_end, wait_in_the_open
 from gracehooks.gunicorn.workers.sockets import AGAIN, EMPTY, NO_ROOM, ended, readable, unread, unread_body
 
 __all__ = ["Worker"]
@@ -44,6 +43,8 @@ CLOSING = 2.0
 #: How many requests wait for a thread, at most, for each thread, while the backlog is being accepted: the other workers
 #: of a stop accept from the same one.
 AHEAD = 4
+#: What `handle` gives for a connection that has not sent anything yet.
+SILENT = object()
 #: The longest pause of the loop while it drains, in seconds; a heartbeat at least as often.
 PAUSE = 0.25
 
@@ -121,12 +122,16 @@ class Worker(Drained, gthread.ThreadWorker):
         if readable(client):
             self.enqueue_req(conn)
             return True
+        self._await_first_byte(conn)
+        return True
+
+    def _await_first_byte(self, conn: Any) -> None:
         wait = FIRST_BYTE + self.cfg.keepalive if self.alive else self.drain.linger(used=False)
         conn.timeout = time.monotonic() + wait
+        conn.sock.setblocking(False)
         with self._guard:
             self.pending_conns.append(conn)
-            self.poller.register(client, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
-        return True
+            self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def on_pending_socket_readable(self, conn: Any, client: Any) -> None:
         """A new connection has sent something: give it to a thread."""
@@ -143,6 +148,19 @@ class Worker(Drained, gthread.ThreadWorker):
         except OSError:  # gunicorn 23 begins TLS here; the client may be gone
             self._drop(conn)
 
+    def handle(self, conn: Any) -> Any:
+        """Serve the connection; over TLS only when it has sent more than its handshake, else no thread waits for it."""
+        if self.cfg.is_ssl and not hasattr(conn, "shaken"):
+            conn.shaken = True
+            try:
+                conn.init()
+                conn.sock.do_handshake()
+                if not getattr(conn, "is_http2", False) and not readable(conn.sock):
+                    return SILENT
+            except OSError:
+                pass  # gunicorn's own code meets it again, and knows what to say
+        return super().handle(conn)
+
     def finish_request(self, *args: Any) -> None:
         """A thread is done with a connection: keep it for the next request, or close it.
 
@@ -155,6 +173,10 @@ class Worker(Drained, gthread.ThreadWorker):
             if not future.cancelled():
                 result = future.result()
                 keep = bool(result[0] if isinstance(result, tuple) else result)
+                if result is SILENT:
+                    self._await_first_byte(conn)
+                    self._busy.discard(conn)
+                    return
             if not keep:
                 self._close(conn)
             elif pipelined(conn.parser):
@@ -272,22 +294,9 @@ class Worker(Drained, gthread.ThreadWorker):
 
     def handle_http2(self, conn: Any) -> Any:
         """An HTTP/2 connection: one that is idle when the drain begins gets its GOAWAY then, not at its time-out."""
-        http2 = conn.parser
-        http2.receive_data = partial(self._receive_http2, http2, http2.receive_data)
+        goaway_at_the_end()
+        wait_in_the_open(conn.parser, self._left[0])
         return super().handle_http2(conn)
-
-    def _receive_http2(self, http2: Any, receive_data: Callable[..., Any], data: bytes | None = None) -> Any:
-        if data is not None or http2.pending_requests or http2._deferred_events or readable(http2.sock):
-            return receive_data(data) if data is not None else receive_data()
-        poll = select.poll()
-        poll.register(http2.sock, select.POLLIN)
-        poll.register(self._left[0], select.POLLIN)
-        ready = [descriptor for descriptor, _ in poll.poll(http2.idle_timeout * 1000 if http2.idle_timeout else None)]
-        if http2.sock.fileno() in ready:
-            return receive_data()
-        if not ready and not http2.streams:
-            http2.close()
-        return []
 
     def unread(self) -> int:
         """Connections that wait for a thread, or whose request has not arrived to its end."""

@@ -1,0 +1,95 @@
+"""The report: where a thread, a task or a greenlet stands, and a text that always fits the page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+
+import pytest
+
+from gracehooks.drain import report
+from gracehooks.scoreboard import RequestInFlight
+
+
+def test_where_a_thread_stands() -> None:
+    begun, stop = threading.Event(), threading.Event()
+
+    def stands_here() -> None:
+        begun.set()
+        stop.wait(60)
+
+    thread = threading.Thread(target=stands_here)
+    thread.start()
+    begun.wait(60)
+    try:
+        text = report.where(thread.ident)
+    finally:
+        stop.set()
+        thread.join()
+    assert "stands_here" in text
+    assert "_bootstrap" not in text, "how it came there tells nobody anything"
+    assert report.where(thread.ident) == ""
+
+
+def test_where_a_task_stands_innermost_first() -> None:
+    async def inner() -> None:
+        await asyncio.sleep(60)
+
+    async def outer() -> None:
+        await inner()
+
+    async def main() -> str:
+        task = asyncio.ensure_future(outer())
+        await asyncio.sleep(0)
+        try:
+            return report.where(task)
+        finally:
+            task.cancel()
+
+    text = asyncio.run(main())
+    assert text.index(" in inner") < text.index(" in outer")
+
+
+def test_where_a_greenlet_stands() -> None:
+    gevent = pytest.importorskip("gevent")
+
+    def stands_here() -> None:
+        gevent.sleep(60)
+
+    greenlet = gevent.spawn(stands_here)
+    gevent.sleep(0)
+    try:
+        assert "stands_here" in report.where(greenlet)
+    finally:
+        greenlet.kill()
+
+
+def test_unknown_is_empty() -> None:
+    assert report.where(None) == ""
+    assert report.where(object()) == ""
+    assert report.where(0) == ""
+
+
+def test_facts_and_words() -> None:
+    request = RequestInFlight("GET", "/slow", time.monotonic() - 2.0)
+    facts = report.facts(request, threading.get_ident(), sys._current_frames())
+    assert (facts["method"], facts["path"]) == ("GET", "/slow")
+    assert 2.0 <= facts["age"] < 60.0
+    words = report.in_words({"requests": [facts], "jobs": [{"id": 3, "name": "mail", "age": 1.0, "where": ""}]})
+    assert "GET /slow, 2." in words
+    assert "test_facts_and_words" in words
+    assert "job 3 (mail), 1.0 s" in words
+
+
+@pytest.mark.parametrize("number", [1, 60, 256])
+def test_it_fits_the_page_whatever_the_stacks(number: int) -> None:
+    each = {"method": "GET", "path": "/" + "x" * 100, "age": 1.0, "where": "f.py:1 in f\n" * 200}
+    text = report.as_json([each] * number, [], "drain_timeout")
+    found = json.loads(text)
+    assert len(found["requests"]) == number
+    assert found["reason"] == "drain_timeout"
+    assert len(text) < 48 * 1024 or number == 256
+    assert bool(found["requests"][0]["where"]) == (number < 256)
