@@ -390,8 +390,17 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def _ended(number: int, _: object) -> None:
+    """TERM, or HUP of a terminal that closes: the server and its directory go too; a second one changes nothing."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; its exit code."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is signal.SIG_DFL:  # `nohup` has HUP ignored, and means it
+            signal.signal(each, _ended)
     args = parser().parse_args(argv)
 
     def say(line: str) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
-from tests.kit import processes
+import pytest
+
+from tests.kit import eventually, processes
 
 
 def demo(tmp_path, *arguments):
@@ -40,3 +43,17 @@ def test_a_server_without_us_fails_the_demo(tmp_path):
     assert done.returncode == 1
     assert said["nothing_lost"] is False
     assert [step["good"] for step in said["steps"]] == [False] * 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_demo_that_is_ended_leaves_nothing_behind(tmp_path, number):
+    marked = {**os.environ, processes.MARK: str(tmp_path), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "gracehooks", "demo"], cwd=tmp_path, env=marked, stdout=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline().startswith("gunicorn ")  # it serves
+        started.send_signal(number)
+        assert started.wait(60) == 128 + number
+    eventually(lambda: not processes.of_directory(str(tmp_path)), 10, "nothing of the demo is left")
+    assert os.listdir(tmp_path) == []
