@@ -7,8 +7,10 @@ the whole search path, so no vendor unit can clean the host's /tmp). Unix socket
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,9 @@ from tests.kit import Late, eventually, needs
 
 __all__ = ["Systemd", "booted"]
 
+#: Where `.ci/systemd` puts a systemd that is newer than the host's, or the reason why it could not.
+FETCHED = Path(__file__).parents[2] / ".venvs" / "systemd"
+
 _INIT = """\
 set -e
 mount --make-rprivate /
@@ -28,6 +33,7 @@ mount -t tmpfs tmpfs /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /run/systemd
 export container=lab SYSTEMD_UNIT_PATH={units} SYSTEMD_GENERATOR_PATH={none} SYSTEMD_COLORS=0
+{libraries}
 export SYSTEMD_LOG_TARGET=console SYSTEMD_LOG_LEVEL=info
 exec {systemd} --system --unit=multi-user.target --show-status=no
 """
@@ -42,9 +48,10 @@ _TARGETS = (
 class Systemd:
     """A running systemd; made by `booted`. `units` is where its units are written."""
 
-    def __init__(self, pid: int, units: Path) -> None:
+    def __init__(self, pid: int, units: Path, control: list[str]) -> None:
         self.pid = pid
         self.units = units
+        self._control = control
 
     def run(self, *command: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
         """Run a command inside."""
@@ -54,7 +61,7 @@ class Systemd:
 
     def ctl(self, *words: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
         """systemctl, inside."""
-        return self.run("systemctl", *words, timeout=timeout)
+        return self.run(*self._control, *words, timeout=timeout)
 
     def do(self, *words: str) -> None:
         """systemctl, inside; it must succeed."""
@@ -75,6 +82,32 @@ def _cgroup2() -> Path | None:
     return None
 
 
+def version(systemd: str | Path, libraries: Path | None = None) -> int:
+    """Which systemd this is."""
+    environ = {**os.environ, "LD_LIBRARY_PATH": str(libraries)} if libraries else None
+    said = subprocess.run([systemd, "--version"], capture_output=True, text=True, env=environ).stdout
+    found = re.match(r"systemd (\d+)", said)
+    return int(found[1]) if found else 0
+
+
+def _at_least(wanted: int) -> tuple[str, str, Path | None]:
+    """systemd, systemctl and their libraries: the host's, or the one that was fetched."""
+    host = needs("systemd")
+    if version(host) >= wanted:
+        return host, needs("systemctl"), None
+    root = FETCHED / "root"
+    shared = next(root.glob("**/libsystemd-shared-*.so"), None)
+    if shared is None:
+        try:
+            why = (FETCHED / "why-not").read_text()
+        except FileNotFoundError:
+            why = ".ci/systemd fetches one"
+        pytest.skip(f"the host's systemd is {version(host)}, {wanted} is needed: {why}")
+    fetched = str(root / "lib/systemd/systemd")
+    assert version(fetched, shared.parent) >= wanted
+    return fetched, str(root / "bin/systemctl"), shared.parent
+
+
 def _remove(group: Path) -> bool:
     for directory, _, _ in os.walk(group, topdown=False):
         try:
@@ -85,32 +118,35 @@ def _remove(group: Path) -> bool:
 
 
 @contextmanager
-def booted(directory: Path) -> Iterator[Systemd]:
-    """Boot systemd with its units in `directory`; skips the test where the machine does not let us."""
-    systemd = needs("systemd")
-    for each in ("unshare", "nsenter", "systemctl"):
+def booted(directory: Path, at_least: int = 0) -> Iterator[Systemd]:
+    """Boot systemd with its units in `directory`; skips the test where a right is missing, and says which."""
+    systemd, systemctl, libraries = _at_least(at_least)
+    for each in ("unshare", "nsenter"):
         needs(each)
+    if os.geteuid() != 0:
+        pytest.skip("a systemd of one's own needs root (CAP_SYS_ADMIN, for namespaces and mounts)")
     root = _cgroup2()
-    if os.geteuid() != 0 or root is None:
-        pytest.skip("a systemd of one's own needs root and a writable cgroup2")
+    if root is None:
+        pytest.skip("a systemd of one's own needs a cgroup2 that is mounted read-write; /proc/mounts has none")
     probe = subprocess.run(
         ["unshare", "-fpmuinC", "sh", "-c", "mount --make-rprivate / && mount -t proc proc /proc"], capture_output=True
     )
-    group = root / f"gracelab-{os.getpid()}"
     try:
-        group.mkdir()
+        group = Path(tempfile.mkdtemp(prefix="gracelab-", dir=root))
     except OSError as error:
-        pytest.skip(f"no control group can be made: {error}")
+        pytest.skip(f"no control group can be made in {root}: {error}")
     if probe.returncode:
         group.rmdir()
-        pytest.skip(f"no namespaces can be made: {probe.stderr.decode()}")
+        pytest.skip(f"no namespaces with a /proc of their own (unshare -fpmuinC): {probe.stderr.decode().strip()}")
     units, none = directory / "units", directory / "none"
     for each in (units, none):
         each.mkdir()
     for name in _TARGETS:
         (units / f"{name}.target").write_text(f"[Unit]\nDescription={name}\nDefaultDependencies=no\n")
+    load = f"export LD_LIBRARY_PATH={libraries}" if libraries else ""
+    control = ["env", f"LD_LIBRARY_PATH={libraries}", systemctl] if libraries else [systemctl]
     init = directory / "init.sh"
-    init.write_text(_INIT.format(units=units, none=none, systemd=systemd))
+    init.write_text(_INIT.format(units=units, none=none, systemd=systemd, libraries=load))
     with open(directory / "boot.log", "wb") as log:
         outside = subprocess.Popen(
             ["sh", "-c", f"echo $$ > {group}/cgroup.procs && exec unshare -fpmuinC --kill-child sh {init}"],
@@ -123,21 +159,19 @@ def booted(directory: Path) -> Iterator[Systemd]:
         children = Path(f"/proc/{outside.pid}/task/{outside.pid}/children")
 
         def inner() -> int:
-            if outside.poll() is not None:
-                pytest.skip(f"systemd does not boot here: {(directory / 'boot.log').read_text()}")
+            assert outside.poll() is None, f"systemd does not boot: {(directory / 'boot.log').read_text()}"
             return int((children.read_text().split() or ["0"])[0])
 
-        machine = Systemd(eventually(inner, what="unshare's child"), units)
+        machine = Systemd(eventually(inner, what="unshare's child"), units, control)
 
         def up() -> bool:
-            if outside.poll() is not None:
-                pytest.skip(f"systemd does not boot here: {(directory / 'boot.log').read_text()}")
+            assert outside.poll() is None, f"systemd does not boot: {(directory / 'boot.log').read_text()}"
             return machine.ctl("is-system-running").stdout.strip() in ("running", "degraded")
 
         try:
             eventually(up, what="systemd is up", poll=0.1)
         except Late as late:
-            pytest.skip(f"systemd does not get up here ({late}): {(directory / 'boot.log').read_text()}")
+            raise Late(f"{late}\n{(directory / 'boot.log').read_text()}") from None
         yield machine
     finally:
         os.killpg(outside.pid, signal.SIGKILL)  # --kill-child: PID 1 and with it everything inside

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,17 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Systemd]:
         yield machine
 
 
-class Site:
-    """The example's service, in a directory of its own."""
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Systemd]:
+    """One that knows Type=notify-reload."""
+    with booted(tmp_path_factory.mktemp("newer"), at_least=253) as machine:
+        yield machine
 
-    def __init__(self, machine: Systemd, directory: Path, *, sockets: bool) -> None:
+
+class Site:
+    """The example's service, in a directory of its own; with a `reload_signal` it is Type=notify-reload."""
+
+    def __init__(self, machine: Systemd, directory: Path, *, sockets: bool, reload_signal: str = "") -> None:
         self.machine, self.dir = machine, directory
         self.path = directory / "site.sock"
         self.address = Address("unix", path=str(self.path))
@@ -61,6 +69,9 @@ class Site:
         }.items():
             assert old in unit, old
             unit = unit.replace(old, new)
+        if reload_signal:
+            unit = unit.replace("Type=notify", f"Type=notify-reload\nReloadSignal={reload_signal}")
+            unit = "".join(line for line in unit.splitlines(keepends=True) if not line.startswith("ExecReload="))
         if not sockets:
             unit = unit.replace("Requires=gunicorn.socket\n", "").replace("After=gunicorn.socket ", "After=")
         (machine.units / "gunicorn.service").write_text(unit)
@@ -107,7 +118,14 @@ class Site:
 
 @pytest.fixture
 def site(machine: Systemd, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
-    site = Site(machine, tmp_path, sockets=request.param == "sockets")
+    with cleared(Site(machine, tmp_path, sockets=request.param == "sockets")) as site:
+        yield site
+
+
+@contextmanager
+def cleared(site: Site) -> Iterator[Site]:
+    """Leave nothing of it in the machine."""
+    machine = site.machine
     try:
         yield site
     finally:
@@ -243,3 +261,43 @@ def test_an_old_master_that_serves_again_is_followed_again(site: Site) -> None:
     site.text_becomes("^Generation 1 serves.*taken back")
     machine.do("stop", "gunicorn.service")
     assert site.show("Result")["Result"] == "success"
+
+
+def settled(status: dict[str, Any]) -> int:
+    """The master's pid, when the verdict is there."""
+    return int(status["master_pid"]) if status["upgrade"]["state"] in ("completed", "rolled_back") else 0
+
+
+@pytest.mark.parametrize("kind", ["upgrade", "reload"])
+def test_notify_reload_waits_for_the_verdict(newer: Systemd, tmp_path: Path, kind: str) -> None:
+    """Type=notify-reload sends the signal itself, and its job ends with READY=1 after RELOADING=1 and MONOTONIC_USEC=."""
+    site = Site(newer, tmp_path, sockets=True, reload_signal="SIGUSR2" if kind == "upgrade" else "SIGHUP")
+    with cleared(site):
+        newer.do("start", "gunicorn.socket", "gunicorn.service")
+        first = site.show("InvocationID")
+        serves, verdicts = 1, [""]
+        with load(site.address, ("new", "keepalive"), clients=3, think=0.03) as traffic:
+            for number in range(1, UPGRADES + 1):
+                before, broken = site.main, number % 4 == 3
+                site.write("app.py", BROKEN if broken else apps.WSGI)
+                newer.do("reload", "gunicorn.service")
+                # The new master is followed with READY=1, and writes its status file a moment later.
+                verdict = site.status["upgrade"]
+                assert verdict["id"] not in verdicts, "systemctl came back before anything had begun"
+                assert verdict["state"] in (("rolled_back",) if broken else ("committing", "completed")), number
+                assert verdict["kind"] == kind
+                verdicts.append(verdict["id"])
+                now = site.show("InvocationID", "MainPID", "ActiveState", "StatusText", "NRestarts", "ReloadResult")
+                assert now["InvocationID"] == first["InvocationID"]
+                assert (now["ActiveState"], now["NRestarts"], now["ReloadResult"]) == ("active", "0", "success"), number
+                assert int(now["MainPID"]) == eventually(lambda: settled(site.status), what="the new master's status")
+                assert (int(now["MainPID"]) != before) == (kind == "upgrade" and not broken)
+                serves += not broken
+                if broken:
+                    site.text_becomes("serves.*rolled back: RuntimeError: this release is broken")
+                else:
+                    site.text_becomes(rf"^Generation {serves if kind == 'upgrade' else 1} serves with 2 workers")
+            traffic.wait(20)
+        assert not traffic.lost, traffic.table()
+        newer.do("stop", "gunicorn.service")
+        assert site.show("Result")["Result"] == "success"
