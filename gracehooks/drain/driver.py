@@ -17,7 +17,7 @@ How a worker class uses it, in this order:
     drain.accepting_ends()           stop accepting; when `drain.final`, serve what waits at the listener first
     drain.accepting_ended()          the listeners are closed; now `drain.deadline` bounds the requests
     drain.finish()                   blocking, or `await drain.finish_async()`: JOBS, CLEANUP, ENDED
-    sys.exit(drain.exit_code)        through the server's own exit hooks; `drain.exiting()` after the last of them
+    sys.exit(drain.exit_code)        through the server's own exit hooks; `drain.leave()` after the last of them
 
 It knows no server: a `Host` is what it needs of one.
 """
@@ -27,6 +27,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -63,6 +64,8 @@ HAMMER_LATE = 0.15
 THREADS_AT_EXIT = 0.3
 #: How often the sentinel beats in the worker's place while it drains, in seconds.
 BEAT = 0.5
+#: What a worker that is past its last hook does not listen to any more.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT)
 #: Kinds of jobs that run on while the event loop is blocked.
 OUTSIDE_THE_LOOP = ("thread", "process")
 #: What a report says of a request that had begun to arrive and was never read.
@@ -132,6 +135,7 @@ class Drain:
         self._abandoned: list[dict[str, Any]] = []
         self._callbacks_left: list[str] = []
         self._exiting_at: float | None = None
+        self._exit_begun = False
         self._braced: Deadline | None = None
         self._main = native("_thread", "get_ident")()
         #: What runs the phases: the main thread, or the greenlet or task in it that does.
@@ -249,12 +253,23 @@ class Drain:
         self._cleanup_over(await cleanup.run_async(self.deadline, self.log))
         return self.exit_code
 
-    def exiting(self) -> None:
-        """The server's last hook has run: from now on only the interpreter's own exit is left, and it is bounded."""
-        if self.page.phase is Phase.ENDED and self._exiting_at is None:
-            self._exiting_at = time.monotonic()
-            if self._sentinel is not None:
-                self._sentinel.wake()
+    def leave(self) -> None:
+        """The server's last hook has run: join the threads that nobody tracks, within a bound, and end the process.
+
+        Returns only where the phases are not over (the boot has failed): that exit is the server's. Ours leaves out the
+        interpreter's teardown of its modules, as multiprocessing's children do: it takes longer than all the rest of an
+        empty drain, can hang in what is left of a hub, and a signal in it kills a worker that has lost nothing.
+        """
+        if self.page.phase is not Phase.ENDED:
+            return
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)  # it is leaving
+        self._exiting_at = time.monotonic()
+        if self._sentinel is not None:
+            self._sentinel.wake()
+        if not self.hammered:
+            threading._shutdown()  # type: ignore[attr-defined]
+        self._exit(self.exit_code)
 
     def brace(self, reason: str) -> None:
         """Record that the worker must leave at once; `hammer` follows, from its loop or else from the sentinel.
@@ -401,7 +416,7 @@ class Drain:
     def _turn_at_exit(self, now: float) -> None:
         """The interpreter joins every non-daemon thread before it exits; one that is busy would hold it for ever."""
         assert self._exiting_at is not None
-        if now - self._exiting_at < THREADS_AT_EXIT:
+        if self._exit_begun or now - self._exiting_at < THREADS_AT_EXIT:
             return
         held = [
             each for each in _threads() if not each.daemon and each.is_alive() and each is not threading.main_thread()
@@ -474,9 +489,11 @@ class Drain:
             self._cleanup_over([cleanup.name_of(each) for each in cleanup.registered()[::-1]])
 
     def _exit(self, code: int) -> None:
-        """The hard exit, with what a soft one would still have done: atexit, logging, the buffers."""
+        """The exit, with what a soft one would still have done: atexit, logging, the buffers."""
+        begun, self._exit_begun = self._exit_begun, True
         try:
-            atexit._run_exitfuncs()
+            if not begun:  # else one of them hangs in the other thread
+                atexit._run_exitfuncs()
         except BaseException:  # noqa: BLE001 - a callback of theirs; nothing may keep this process
             pass
         finally:

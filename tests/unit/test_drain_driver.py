@@ -92,6 +92,28 @@ def report_of(drain: Drain) -> dict[str, Any]:
     return found
 
 
+def test_an_exit_callback_that_hangs_is_not_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    drain = make()
+    del drain._exit
+    called: list[str] = []
+
+    def run() -> None:
+        called.append("atexit")
+        with pytest.raises(Exit):
+            drain._exit(1)  # the sentinel comes meanwhile
+
+    def gone(code: int) -> None:
+        raise Exit(code)
+
+    monkeypatch.setattr(driver.atexit, "_run_exitfuncs", run)
+    monkeypatch.setattr(driver.os, "_exit", gone)
+    monkeypatch.setattr(driver.logging, "shutdown", lambda: None)
+    with pytest.raises(Exit) as raised:
+        drain._exit(0)
+    assert called == ["atexit"]
+    assert raised.value.args == (0,)
+
+
 # -- told ------------------------------------------------------------------------------------------------------------
 def test_the_handler_records_arms_and_wakes_once() -> None:
     drain = make()
@@ -314,12 +336,18 @@ def test_a_worker_that_boots_for_ever_is_left() -> None:
     assert raised.value.args == (0,)
 
 
-def test_the_exit_does_not_wait_for_a_thread_that_is_no_job(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_exit_does_not_wait_for_a_thread_that_is_no_job(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drain = as_sentinel(make())
     end_accepting(drain)
     drain.finish()
-    drain.exiting()
-    assert drain.turn() <= 0.02
+    joined: list[float] = []
+    monkeypatch.setattr(driver.threading, "_shutdown", lambda: joined.append(drain.turn()))
+    monkeypatch.setattr(driver.signal, "signal", lambda number, handler: None)
+    with pytest.raises(Exit):
+        drain.leave()
+    assert joined[0] <= 0.02, "the sentinel looks closely from then on"
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait, args=(60,), name="stays")
     thread.start()

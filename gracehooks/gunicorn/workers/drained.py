@@ -240,8 +240,9 @@ class Drained(Attached):
         def worker_exit(server: Any, worker: Any) -> None:
             try:
                 theirs(server, worker)
-            finally:
-                self.drain.exiting()
+            except Exception:
+                self.log.exception("Exception during worker exit")  # in gunicorn's words
+            self.drain.leave()
 
         self.cfg.set("worker_exit", worker_exit)
 
