@@ -7,10 +7,11 @@ This module is the whole promise: every public name is here. Importing it import
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gracehooks.errors import ConfigError, GracehooksError, JobRejected
-from gracehooks.settings import configure
+from gracehooks.settings import configure as _configure
 
 if TYPE_CHECKING:
     from gracehooks import jobs
@@ -54,6 +55,17 @@ _WHERE = {
     "readiness": "gracehooks.readiness",
     "state": "gracehooks.readiness",
 }
+
+
+def configure(**settings: Any) -> None:
+    """Record settings, as the configuration file does; a later call adds to an earlier one.
+
+    Takes the names of the settings reference. Raises ConfigError at once for an unknown name, a wrong type or a value out
+    of range.
+    """
+    _configure(**settings)
+    if "gunicorn.config" in sys.modules:  # it is its configuration file that calls
+        importlib.import_module("gracehooks.gunicorn.threaded").install()
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.arbiter import make_graceful
 from gracehooks.gunicorn.master import Grace
+from gracehooks.gunicorn.threaded import install, takes_over
 
 __all__ = ["attach", "on_starting"]
 
@@ -37,6 +38,13 @@ def attach(server: Any) -> Grace:
             server.pidfile.unlink()
         print(f"\nError: {error}\n", file=sys.stderr)
         sys.exit(1)
+    install()
+    if takes_over(server.cfg):
+        server.worker_class = server.cfg.worker_class
+        server.log.info(
+            "gracehooks: threads = %d: gracehooks.Worker serves in the place of SyncWorker, which has none",
+            server.cfg.threads,
+        )
     make_graceful(server, grace)
     grace.begin()
     return grace

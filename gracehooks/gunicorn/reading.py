@@ -369,6 +369,10 @@ def _described(application: Any) -> tuple[dict[str, Any], type | None]:
     from gunicorn import __version__
 
     cfg = application.cfg
+    if _starts_us(cfg.on_starting):
+        from gracehooks.gunicorn import threaded
+
+        threaded.install()
     try:
         worker_class: type = cfg.worker_class
     except BaseException as error:  # noqa: BLE001 - a class that cannot be loaded may raise anything, SystemExit too

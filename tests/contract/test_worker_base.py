@@ -7,10 +7,35 @@ import signal
 
 import pytest
 from gunicorn import util
+from gunicorn.config import Config
 from gunicorn.workers.base import Worker
 
+import gracehooks
+from gracehooks.gunicorn import threaded
 from gracehooks.gunicorn.workers.attached import Attached, attached
 from gracehooks.scoreboard import Phase
+
+
+@pytest.mark.parametrize("spelling", threaded.SPELLINGS)
+def test_a_sync_worker_with_threads_is_replaced_by_gthread_and_ours_by_ours(monkeypatch, spelling):
+    for name in ("worker_class", "worker_class_str"):
+        monkeypatch.setattr(Config, name, Config.__dict__[name])  # whatever is installed is taken back at the end
+    assert isinstance(Config.worker_class, property)
+    assert isinstance(Config.worker_class_str, property)
+    config = Config()
+    config.set("worker_class", spelling)
+    config.set("threads", 2)
+    assert config.worker_class_str == "gthread"
+    assert config.worker_class.__module__ == "gunicorn.workers.gthread"
+    for _ in range(2):
+        threaded.install()
+    assert config.worker_class_str == "gracehooks.Worker"
+    assert config.worker_class is gracehooks.Worker
+    config.set("threads", 1)
+    assert config.worker_class is gracehooks.SyncWorker
+    config.set("worker_class", "sync")
+    config.set("threads", 2)
+    assert config.worker_class_str == "gthread"
 
 
 def source(name: str) -> str:

@@ -117,7 +117,7 @@ SERVER = {
         "worker_class = 'gthread'\ndef on_starting(server):\n    gracehooks.on_starting(server)",
         ["stock-worker"],
     ),
-    "sync-threads": ("worker_class = 'gracehooks.SyncWorker'; threads = 4", ["sync-threads"]),
+    "sync-threads-own-class": ("worker_class = 'site.MySyncWorker'; threads = 4", ["sync-threads"]),
     "reuse-port": ("reuse_port = True", ["reuse-port"]),
     "reload": ("reload = True", ["reload-on"]),
     "timeout-zero": ("timeout = 0", ["timeout-zero"]),
@@ -153,6 +153,22 @@ def test_a_trap_in_the_configuration_is_found(place, capsys, line, codes):
     with open(place / "gunicorn.conf.py", "a") as file:
         file.write(line + "\n")
     assert found(capsys, "app:app") == codes
+
+
+@pytest.mark.parametrize(
+    ("more", "replaced"),
+    [("", True), ("on_starting = gracehooks.on_starting", False), ("gracehooks.configure(drain_timeout=20)", False)],
+)
+def test_a_sync_worker_with_threads_is_found_where_ours_is_never_loaded(place, capsys, more, replaced):
+    lines = [
+        "import gracehooks",
+        "worker_class = 'gracehooks.SyncWorker'",
+        "threads = 4",
+        "pidfile = 'gunicorn.pid'",
+        more,
+    ]
+    (place / "gunicorn.conf.py").write_text("\n".join(lines))
+    assert ("sync-threads" in found(capsys, "app:app")) == replaced
 
 
 def test_a_start_inside_one_release_is_found(place, capsys):

@@ -43,3 +43,11 @@ def test_upgrade_reload_rollback_and_stop(worker: str):
         assert not traffic.lost, traffic.table()
         assert server.stop() == 0
         assert server.history()[-1]["kind"] == "stop"
+
+
+def test_a_sync_worker_with_threads_is_served_by_ours():
+    """gunicorn would put its own gthread in the place of any class whose name ends so."""
+    with serve(worker="gracehooks.SyncWorker", config="threads = 2\n") as server:
+        assert server.upgrade()["event"] == "UpgradeCompleted"
+        assert "Using worker: gracehooks.Worker" in server.log()
+        assert "threads = 2: gracehooks.Worker serves in the place of SyncWorker" in server.log()

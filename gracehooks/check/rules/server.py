@@ -80,14 +80,14 @@ def stock_worker(facts: Facts) -> Iterator[Seen]:
 
 def _replaced(facts: Facts) -> bool:
     server = facts.server
-    if server is None or server.threads < 2 or not server.worker_class.endswith("SyncWorker"):
+    if server is None or server.ours or server.threads < 2 or not server.worker_class.endswith("SyncWorker"):
         return False
     return not server.worker_class.startswith("gunicorn.")
 
 
 @rule(
     "sync-threads",
-    finds="a worker class whose name ends in SyncWorker, with threads above 1",
+    finds="a worker class whose name ends in SyncWorker, with threads above 1, and no `gracehooks.configure(…)`",
     happens="gunicorn puts its own gthread worker in the place of {written}, and gracehooks is not in the server that way",
     moment="at the start",
     cure='threads = 1, or worker_class = "gracehooks.Worker", which has threads',
