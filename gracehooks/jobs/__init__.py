@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 from gracehooks.errors import JobRejected
-from gracehooks.jobs import processes, services, tasks, threads
+from gracehooks.jobs import infrastructure, processes, services, tasks, threads
 from gracehooks.jobs import tracker as _tracker
 from gracehooks.jobs.processes import popen, run
 from gracehooks.jobs.services import service
@@ -168,13 +168,17 @@ def install(
     log: Log,
     *,
     loop_kind: Literal["thread", "gevent", "asyncio"] = "thread",
+    application: str = "",
 ) -> Tracker:
     """Make this process a worker: a tracker that writes to `page`, and births noticed as `settings.track` says.
 
-    Called once at boot, after the fork (and after gevent's patches), before the application is loaded.
+    Called once at boot, after the fork (and after gevent's patches), before the application is loaded, which is
+    `application`, a module.
     """
     found = Tracker(page, settings, log)
     _tracker.adopt(found)
+    if application:
+        infrastructure.application.add(application.partition(".")[0])
     if settings.track == "off":
         return found
     processes.become_subreaper()

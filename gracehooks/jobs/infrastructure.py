@@ -1,16 +1,23 @@
 """What is started in a request and is no job: the pools, monitors and reporters of libraries.
 
 They are told by the module of what they run. Such a thread lives as long as its process; waiting for it would make
-every stop last until its deadline. A library that is not listed is taken for the application: start it at import, or
-in an empty context (`contextvars.Context().run(start)`), which belongs to no request.
+every stop last until its deadline. Of a package that is not listed it is told by three things together: the thread is a
+daemon, its code is the package's, and the package started it itself, with nothing of the application in its hands. All
+else is taken for the application's; start it at import, or in an empty context (`contextvars.Context().run(start)`),
+which belongs to no request.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+import threading
+from collections.abc import Iterable
 from types import CodeType
 from typing import Any
 
-__all__ = ["PACKAGES", "is_infrastructure", "is_server_task"]
+__all__ = ["PACKAGES", "application", "is_infrastructure", "is_server_task", "package_whose_own"]
 
 #: Packages whose own threads and processes are infrastructure.
 PACKAGES = frozenset(
@@ -31,6 +38,11 @@ PACKAGES = frozenset(
         "websockets",
     }
 )  # fmt: skip
+
+#: The application's own top-level packages, which may be installed like any other.
+application: set[str] = set()
+_INSTALLED = ("/site-packages/", "/dist-packages/")
+_STDLIB = os.path.dirname(os.__file__) + os.sep
 
 _modules: dict[str | None, bool] = {None: False}
 _ASYNCIO_THREADS = ("_do_waitpid", "run_forever")
@@ -69,3 +81,71 @@ def is_server_task(coroutine: Any) -> bool:
         answer = module in _ERRANDS or (package in PACKAGES and not wraps)
         known = _tasks[id(code)] = (answer, code)
     return known[0]
+
+
+def package_whose_own(thread: threading.Thread) -> str | None:
+    """The installed package whose own this daemon thread is; None where it may be work of the application.
+
+    Called by what starts the thread, in its context.
+    """
+    target = getattr(thread, "_target", None)
+    code = _code(target if target is not None else type(thread).run)
+    package = _package(code.co_filename) if code is not None else ""
+    if not package or package in application:
+        return None
+    held = [*getattr(thread, "_args", ()), *getattr(thread, "_kwargs", {}).values()]
+    if target is None:
+        held += vars(thread).values()
+    if any(_is_of_the_application(each) for each in (*held, *_inside(target))):
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:  # what instruments threads stands between
+        starter = _package(frame.f_code.co_filename)
+        if starter not in PACKAGES and frame.f_globals.get("__name__", "").partition(".")[0] not in _STARTERS:
+            return package if starter == package else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+_STARTERS = frozenset({"gevent", "gracehooks", "threading"})
+
+
+def _code(function: Any) -> CodeType | None:
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _package(file: str) -> str:
+    """The top-level package that a file is installed with; empty where it is none's."""
+    for each in _INSTALLED:
+        _, found, rest = file.rpartition(each)
+        if found:
+            return rest.partition("/")[0].removesuffix(".py")
+    return ""
+
+
+def _inside(function: Any) -> Iterable[Any]:
+    """What a function brings along: the arguments of a partial, the variables of a closure, what it wraps."""
+    while isinstance(function, functools.partial):
+        yield from (*function.args, *function.keywords.values())
+        function = function.func
+    function = getattr(function, "__func__", function)
+    yield getattr(function, "__wrapped__", None)
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:
+            pass  # not filled yet
+
+
+def _is_of_the_application(thing: Any) -> bool:
+    """Whether it is a function of the application's, or an object of one of its classes."""
+    code = _code(thing)
+    module = sys.modules.get(type(thing).__module__)
+    file = code.co_filename if code is not None else getattr(module, "__file__", None)
+    if not file or file.startswith("<frozen"):
+        return False
+    package = _package(file)
+    return package in application if package else not file.startswith(_STDLIB)

@@ -25,7 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from gracehooks import requests
 from gracehooks.jobs import stacks, tracker
-from gracehooks.jobs.infrastructure import is_infrastructure
+from gracehooks.jobs.infrastructure import is_infrastructure, package_whose_own
 from gracehooks.jobs.tracker import JobCancelled, Options, Tracker, Work
 from gracehooks.scoreboard import Outcome
 
@@ -54,6 +54,8 @@ class _ThreadKind:
     def cancel(self, work: Work) -> None:
         if isinstance(work.handle, Job):
             work.handle.cancel()  # one that has not begun never will
+        elif isinstance(work.handle, threading.Timer):
+            work.handle.cancel()  # the same
 
     def where(self, work: Work) -> str:
         handle = work.handle
@@ -335,7 +337,29 @@ def _patched_start(self: threading.Thread) -> None:
 
 def _is_infrastructure(thread: Any) -> bool:
     kind = type(thread)
-    return is_infrastructure(thread._target) or (kind not in _PLAIN and is_infrastructure(kind))
+    if is_infrastructure(thread._target) or (kind not in _PLAIN and is_infrastructure(kind)):
+        return True
+    package = package_whose_own(thread) if thread.daemon else None
+    if package is None:
+        return False
+    if package not in _said:
+        _said.add(package)
+        found = tracker.require()
+        found.log.info(
+            "gracehooks: no stop waits for the thread %s: it is a daemon of %s, which started it for itself "
+            "(jobs.track(thread) makes such a one a job)",
+            thread.name,
+            package,
+        )
+    return True
+
+
+#: The packages of which the log has spoken.
+_said: set[str] = set()
+
+
+def _never_fired(thread: threading.Thread, work: Work) -> bool:
+    return isinstance(thread, threading.Timer) and work.age < thread.interval
 
 
 def _start_tracked(thread: threading.Thread, found: Tracker, name: str) -> None:
@@ -356,7 +380,7 @@ def _start_tracked(thread: threading.Thread, found: Tracker, name: str) -> None:
             raise
         finally:
             thread.__dict__.pop("run", None)
-        found.finish(work, Outcome.SUCCEEDED)
+        found.finish(work, Outcome.CANCELLED if _never_fired(thread, work) else Outcome.SUCCEEDED)
 
     thread.run = run_as_job  # type: ignore[method-assign]
     try:
@@ -430,7 +454,12 @@ _getcurrent: Callable[[], Any] | None = None
 
 def patch(*, gevent: bool) -> None:
     """Notice the threads and the futures that are born in a request, from now on in this process."""
-    global _getcurrent
+    global _getcurrent, _start, _submit
+    # As they are now: what instruments threads may have been there first, in a master that preloads.
+    if _Thread.start is not _patched_start:
+        _start = _Thread.start
+    if ThreadPoolExecutor.submit is not _patched_submit:
+        _submit = ThreadPoolExecutor.submit
     if gevent:
         import gevent as package
 

@@ -59,6 +59,7 @@ OnAbandon = Callable[["Abandoned"], object]
 class Log(Protocol):
     """A logger: logging's or gunicorn's."""
 
+    def info(self, msg: str, *args: Any) -> None: ...
     def warning(self, msg: str, *args: Any) -> None: ...
     def error(self, msg: str, *args: Any, exc_info: BaseException | None = None) -> None: ...
     def exception(self, msg: str, *args: Any) -> None: ...
@@ -550,7 +551,18 @@ class Ending:
             if not self.grace.passed:
                 return self.grace.left()
             self._sweep()
+            self._say_who_is_told()
             tracker.tell_all(self.deadline.at)
+
+    def _say_who_is_told(self) -> None:
+        works = self.tracker.active()
+        if works:
+            self.tracker.log.warning(
+                "gracehooks: job_grace is over, %d jobs are told to stop; what never ends is no job: start it at import "
+                "or make it a service (%s)",
+                len(works),
+                names(works),
+            )
 
     def _sweep(self) -> None:
         if self.tracker.sweeper is not None and not self.tracker.closed:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextvars
+import functools
+import importlib
 import logging
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gracehooks import jobs
 from gracehooks.errors import JobRejected
-from gracehooks.jobs import threads
+from gracehooks.jobs import infrastructure, threads
 from gracehooks.jobs.tracker import Abandoned, Tracker
 from tests.kit import eventually
 from tests.unit.jobs_bench import balanced, end, request, worker
@@ -105,6 +110,148 @@ def test_infrastructure_that_is_started_in_a_request_is_no_job(found: Tracker) -
             assert pool.submit(int, "7").result() == 7
     assert end(found) == []
     assert balanced(found)["accepted"] == 1, "what was handed to the pool"
+
+
+LIBRARY = """
+import functools, threading
+
+go = threading.Event()
+
+
+class Reporter:
+    def _loop(self, *args):
+        go.wait(60)
+
+    def start(self, daemon=True, args=()):
+        threading.Thread(target=self._loop, name="reporter", daemon=daemon, args=args).start()
+
+
+class Poller(threading.Thread):
+    def __init__(self, callback=None):
+        super().__init__(name="poller", daemon=True)
+        self.callback = callback
+
+    def run(self):
+        go.wait(60)
+
+
+def send(*args):
+    go.wait(60)
+
+
+def background(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        go.wait(60)
+        function(*args)
+
+    def start(*args):
+        threading.Thread(target=wrapper, args=args, name="background", daemon=True).start()
+
+    return start
+
+
+def poll(callback=None):
+    Poller(callback).start()
+"""
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An installed package that nobody has listed."""
+    place = tmp_path / "lib/site-packages"
+    (place / "acme_metrics").mkdir(parents=True)
+    (place / "acme_metrics/__init__.py").write_text(LIBRARY)
+    monkeypatch.syspath_prepend(str(place))
+    module = importlib.import_module("acme_metrics")
+    monkeypatch.setattr(threads, "_said", set())
+    yield module
+    module.go.set()
+    del sys.modules["acme_metrics"]
+
+
+def test_a_daemon_that_a_library_starts_for_itself_is_no_job(
+    found: Tracker, library: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with request():
+        library.Reporter().start()
+        library.Reporter().start()
+        library.poll()
+    assert jobs.active() == []
+    assert [record.message.partition(":")[2].partition("(")[0] for record in caplog.records] == [
+        " no stop waits for the thread reporter: it is a daemon of acme_metrics, which started it for itself "
+    ]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda library: library.Reporter().start(daemon=False),
+        lambda library: library.Reporter().start(args=(lambda: None,)),
+        lambda library: library.Reporter().start(args=(Abandoning(),)),
+        lambda library: library.background(lambda: None)(),
+        lambda library: library.poll(lambda: None),
+        lambda library: threading.Thread(target=library.send, daemon=True).start(),
+        lambda library: threading.Thread(target=functools.partial(library.send, 1), daemon=True).start(),
+        lambda library: (infrastructure.application.add("acme_metrics"), library.poll()),
+    ],
+    ids=[
+        *["no daemon", "a function of ours", "an object of ours", "wraps", "holds a function of ours"],
+        *["started by us", "partial", "the application's package"],
+    ],
+)
+def test_a_librarys_thread_that_may_be_work_of_ours_is_a_job(
+    found: Tracker, library: Any, start: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infrastructure, "application", set())
+    with request():
+        start(library)
+    assert len(jobs.active()) == 1
+    library.go.set()
+    assert end(found) == []
+
+
+class Abandoning:
+    """An object of the application's."""
+
+
+def test_what_instruments_threads_before_us_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Sentry and others do, in a master that preloads."""
+    seen = []
+    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+
+    def instrumented(self: threading.Thread) -> None:
+        seen.append(self.name)
+        start(self)
+
+    def instrumented_submit(self: ThreadPoolExecutor, *args: Any) -> Any:
+        seen.append("submit")
+        return submit(self, *args)
+
+    monkeypatch.setattr(threads._Thread, "start", instrumented)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", instrumented_submit)
+    with worker() as found, request():
+        threading.Thread(target=int, name="ours").start()
+        with ThreadPoolExecutor(1, thread_name_prefix="pool") as pool:
+            pool.submit(int)
+        assert end(found) == []
+        assert balanced(found)["succeeded"] == 2
+    assert seen == ["ours", "submit", "pool_0"]
+
+
+def test_a_timer_that_has_not_fired_when_it_is_told_never_does(
+    found: Tracker, caplog: pytest.LogCaptureFixture
+) -> None:
+    fired = []
+    with request():
+        threading.Timer(600, fired.append, ("late",)).start()
+        threading.Timer(0.01, fired.append, ("soon",)).start()
+    eventually(lambda: len(jobs.active()) == 1)
+    assert end(found, grace=0.05) == []
+    assert fired == ["soon"]
+    assert balanced(found) | {"succeeded": 1, "cancelled": 1} == balanced(found)
+    assert "1 jobs are told to stop" in caplog.text
 
 
 def test_what_a_request_hands_to_a_pool_is_a_job(found: Tracker) -> None:

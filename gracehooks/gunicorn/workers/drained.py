@@ -51,6 +51,7 @@ class Drained(Attached):
     # gunicorn's own attributes, which have no types.
     cfg: Any
     log: Any
+    app: Any
     ppid: int
     pid: Any
     nr: int
@@ -84,7 +85,8 @@ class Drained(Attached):
 
     def load_wsgi(self) -> None:
         """Load the application, with the jobs at hand."""
-        jobs.install(self.page, self.settings, self.log, loop_kind=self.loop_kind)
+        application = str(getattr(self.app, "app_uri", None) or "").partition(":")[0]
+        jobs.install(self.page, self.settings, self.log, loop_kind=self.loop_kind, application=application)
         super().load_wsgi()
 
     def init_process(self) -> None:
