@@ -13,6 +13,7 @@ __all__ = [
     "alive",
     "children_of",
     "describe_status",
+    "exit_status",
     "kill_group",
     "kill_tree",
     "oom_kills",
@@ -128,6 +129,15 @@ def oom_kills() -> int:
             return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
     except (OSError, StopIteration, ValueError, IndexError):
         return -1
+
+
+def exit_status(pid: int) -> int | None:
+    """Take the status of the child `pid` as waitpid(2) gives it; None while it runs, 0 where somebody else has taken it."""
+    try:
+        found, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return 0
+    return status if found else None
 
 
 def describe_status(status: int) -> str:

@@ -34,15 +34,15 @@ class GracefulArbiter:
 
     def handle_term(self) -> None:
         """Bounded stop."""
-        self.grace.begin_stop("SIGTERM")
+        self.grace.stop.begin("SIGTERM")
 
     def handle_int(self) -> None:
         """The hammer."""
-        self.grace.hammer("SIGINT")
+        self.grace.stop.hammer("SIGINT")
 
     def handle_quit(self) -> None:
         """The hammer."""
-        self.grace.hammer("SIGQUIT")
+        self.grace.stop.hammer("SIGQUIT")
 
     def handle_chld(self, *_: Any) -> None:
         """Only a wake-up: whoever ended is reaped in the tick. gunicorn 23 calls this inside the signal handler."""
@@ -74,11 +74,6 @@ class GracefulArbiter:
         """Reap our own children only; an exit code that a hook waits for is the hook's."""
         self.grace.reap()
 
-    def spawn_worker(self) -> int:
-        """Fork a worker; the child never comes back from here."""
-        pid: int = super().spawn_worker()  # type: ignore[misc]
-        return pid
-
     def maybe_promote_master(self) -> None:
         """A successor is promoted by a word on the channel, not by a look at its parent."""
         if not self.grace.is_successor:
@@ -86,7 +81,7 @@ class GracefulArbiter:
 
     def stop(self, graceful: bool = True) -> None:
         """The last sweep, when the loop has ended."""
-        self.grace.sweep(graceful)
+        self.grace.stop.sweep(graceful)
 
     def _start_control_server(self) -> None:
         """A successor has no control socket before it is promoted: the path is the old master's."""

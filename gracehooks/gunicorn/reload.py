@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gunicorn import sock, util
 
 from gracehooks import processes, settings
+from gracehooks.gunicorn import pidfile
 from gracehooks.gunicorn.successor import last_words
 from gracehooks.gunicorn.workers.attached import attached
 from gracehooks.scoreboard import Order
@@ -37,7 +38,7 @@ class CohortHost:
     def __init__(self, grace: Grace) -> None:
         self._grace = grace
         self._arbiter = grace.arbiter
-        self.cohort = grace.cohort + 1
+        self.cohort = grace.pool.cohort + 1
         self._probe = 0
         self._pipe = -1
         self._said = b""
@@ -69,9 +70,7 @@ class CohortHost:
             for each in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD):
                 signal.signal(each, signal.SIG_DFL)
             os.dup2(pipe, 2)
-            processes.signal_at_parents_end(
-                signal.SIGKILL
-            )  # a file that hangs must not outlive a master that is killed
+            processes.signal_at_parents_end(signal.SIGKILL)  # a file that hangs must not outlive a killed master
             settings.forget()
             self._arbiter.app.reload()
             settings.resolve()
@@ -86,7 +85,7 @@ class CohortHost:
 
     def numbers(self) -> tuple[int, int]:
         """How many new workers are ready, and how many there will be."""
-        workers = [worker for _, worker in self._grace.workers(self.cohort)]
+        workers = [worker for _, worker in self._grace.pool.members(self.cohort)]
         return sum(worker.page.ready for worker in workers), len(self._workers)
 
     def facts(self) -> Iterator[Fact]:
@@ -164,7 +163,7 @@ class CohortHost:
         self._new_workers = arbiter.num_workers
         self._new = {name: getattr(arbiter, name) for name in CARRIED}
         for _ in range(arbiter.num_workers):
-            self._workers.add(self._grace.spawn(self.cohort))
+            self._workers.add(self._grace.pool.spawn(self.cohort))
         # Until the commit the old configuration is in charge: a worker of it that dies is replaced by one of it.
         self._switch(self._old, self._old_workers)
 
@@ -187,11 +186,6 @@ class CohortHost:
         self._arbiter.app.cfg = carried["cfg"]
         self._arbiter._num_workers = workers
 
-    def spawn_old(self, number: int) -> None:
-        """Replace workers of the old configuration that died meanwhile."""
-        for _ in range(number):
-            self._grace.spawn(self._grace.cohort)
-
     def worker_ended(self, pid: int, reason: str) -> None:
         """A new worker has ended before the commit."""
         del pid
@@ -202,10 +196,10 @@ class CohortHost:
         """The new configuration is in charge."""
         grace, arbiter = self._grace, self._arbiter
         old_listeners = self._old["LISTENERS"]
-        self._leavers = {pid for pid, _ in grace.workers()}
+        self._leavers = {pid for pid, _ in grace.pool.members()}
         self._switch(self._new, self._new_workers)
         arbiter.cfg.nworkers_changed(arbiter, self._new_workers, self._old_workers)
-        grace.cohort = self.cohort
+        grace.pool.cohort = self.cohort
         grace.reloading = None
         for each in old_listeners:
             if each not in arbiter.LISTENERS:
@@ -223,13 +217,13 @@ class CohortHost:
         self._facts.append(Fact(Happened.COMMITTED))
 
     def _move_pidfile(self) -> None:
-        grace, arbiter = self._grace, self._arbiter
+        arbiter = self._arbiter
         before = arbiter.pidfile
         if (before.fname if before is not None else None) == arbiter.cfg.pidfile:
             return
         try:
             arbiter.pidfile = None
-            grace._take_pidfile()
+            pidfile.take(arbiter)
             if before is not None:
                 before.unlink()
         except OSError as error:
@@ -241,7 +235,7 @@ class CohortHost:
         grace = self._grace
         last = dict(grace.driver.last)
         for pid in self._leavers:
-            grace.let_go(pid, Order.RETIRE, "replaced by a reload")
+            grace.pool.let_go(pid, Order.RETIRE, "replaced by a reload")
         record = {
             "id": last["id"],
             "kind": "reload",
@@ -249,7 +243,7 @@ class CohortHost:
             "reason": "",
             "phases": dict(last["phases"]),
         }
-        grace.add_pending(record, {pid for pid in self._leavers if pid in self._arbiter.WORKERS})
+        grace.pool.record_when_gone(record, self._leavers)
         self._facts.append(Fact(Happened.WORKERS_GONE))
 
     def roll_back(self, force: bool) -> None:
@@ -263,7 +257,7 @@ class CohortHost:
             if force:
                 processes.signal_process(pid, signal.SIGKILL)
             else:
-                self._grace.let_go(pid, Order.RETIRE, "the reload was rolled back")
+                self._grace.pool.let_go(pid, Order.RETIRE, "the reload was rolled back")
 
     def _restore(self) -> None:
         if not self._old:

@@ -158,7 +158,7 @@ class ReexecHost:
                 "configured": arbiter.cfg.workers,
                 "systemd": bool(arbiter.systemd),
                 "own": arbiter.grace.own or [],
-                "draining": [each.facts() for each in arbiter.grace.predecessors_alive()],
+                "draining": [each.facts() for each in arbiter.grace.takeover.alive()],
                 "id": id,
                 "kind": self.kind,
             }
@@ -273,7 +273,7 @@ class ReexecHost:
     def commit(self) -> None:
         """Tell the successor to take over; the control socket's path is free for it from now on."""
         arbiter = self._arbiter
-        arbiter.grace.stop_control_server()
+        arbiter._stop_control_server()
         if self._channel is not None:
             self._channel.send(say="commit", phases=dict(arbiter.grace.driver.last["phases"]))
 
@@ -307,7 +307,7 @@ class ReexecHost:
         for pid in self._served:
             if processes.alive(pid) and self._is_orphan_of_ours(pid):
                 if pid in self._serving:
-                    self._arbiter.grace.see_out(pid)
+                    self._arbiter.grace.pool.see_out(pid)
                 else:
                     processes.kill_group(pid)
                     processes.signal_process(pid, signal.SIGKILL)
@@ -321,7 +321,7 @@ class ReexecHost:
 
     def force_own(self) -> None:
         """Kill what is left of the old workers."""
-        self._arbiter.grace.force_workers("the drain timeout of the upgrade")
+        self._arbiter.grace.pool.kill("the drain timeout of the upgrade")
 
     def resume(self) -> None:
         """The old generation serves again, with its pidfile and control socket."""
@@ -337,7 +337,8 @@ class ReexecHost:
         """The last old worker has left: report to the successor, then end."""
         grace = self._arbiter.grace
         if self._channel is not None:
-            self._channel.send(say="drained", **grace.losses())
+            ended = grace.pool.ended
+            self._channel.send(say="drained", lost=ended.lost, jobs=ended.jobs, answered=ended.answered)
             self._channel.flush_within(1.0)
         grace.leave()
 

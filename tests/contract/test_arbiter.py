@@ -1,4 +1,4 @@
-"""What gracehooks.gunicorn.arbiter and master rely on in gunicorn's Arbiter: one obvious test for each."""
+"""What gracehooks.gunicorn.arbiter and the master rely on in gunicorn's Arbiter: one obvious test for each."""
 
 from __future__ import annotations
 
@@ -39,12 +39,23 @@ class FakeGrace:
 
     def __init__(self):
         self.calls = []
+        self.stop = Part(self.calls)
 
     def pace(self):
         return 0.01
 
     def __getattr__(self, name):
         return lambda *args: self.calls.append((name, *args))
+
+
+class Part:
+    """The same for a part of it."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getattr__(self, name):
+        return lambda *args: self.calls.append((f"stop.{name}", *args))
 
 
 def source(name: str) -> str:
@@ -72,7 +83,7 @@ def test_the_running_arbiter_can_be_given_our_class(arbiter):
     arbiter.reap_workers()
     arbiter.stop()
     assert [each[0] for each in grace.calls] == [
-        *("upgrade", "reload", "begin_stop", "hammer", "hammer", "tick", "reap", "sweep"),
+        *("upgrade", "reload", "stop.begin", "stop.hammer", "stop.hammer", "tick", "reap", "stop.sweep"),
     ]
 
 
