@@ -16,6 +16,7 @@ __all__ = [
     "exit_status",
     "kill_group",
     "kill_tree",
+    "marked",
     "oom_kills",
     "signal_at_parents_end",
     "signal_process",
@@ -71,13 +72,28 @@ def children_of(pids: set[int]) -> set[int]:
     return found
 
 
-def tree_of(pid: int) -> list[int]:
-    """The process and every descendant, parents first."""
-    tree, level = [pid], {pid}
+def tree_of(*pids: int) -> list[int]:
+    """The processes and every descendant, parents first."""
+    tree, level = list(pids), set(pids)
     while level:
         level = children_of(level) - set(tree)
         tree.extend(sorted(level))
     return tree
+
+
+def marked(name: str, value: str) -> list[int]:
+    """The running processes that were given `name=value` in their environment, as far as we may read it."""
+    mark = f"\0{name}={value}\0".encode()
+    found = []
+    for each in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if each.isdigit():
+            try:
+                with open(f"/proc/{each}/environ", "rb") as file:
+                    if mark in b"\0" + file.read():  # a zombie's is empty
+                        found.append(int(each))
+            except OSError:
+                continue
+    return found
 
 
 def signal_process(pid: int, sig: int) -> bool:

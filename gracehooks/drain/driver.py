@@ -489,11 +489,14 @@ class Drain:
             self._cleanup_over([cleanup.name_of(each) for each in cleanup.registered()[::-1]])
 
     def _exit(self, code: int) -> None:
-        """The exit, with what a soft one would still have done: atexit, logging, the buffers."""
+        """The exit, with what a soft one would still have done: atexit, logging, the buffers; and no child is left."""
         begun, self._exit_begun = self._exit_begun, True
         try:
             if not begun:  # else one of them hangs in the other thread
                 atexit._run_exitfuncs()
+                tracker = jobs.current()
+                if tracker is not None and tracker.sweeper is not None:
+                    tracker.sweeper.part()
         except BaseException:  # noqa: BLE001 - a callback of theirs; nothing may keep this process
             pass
         finally:

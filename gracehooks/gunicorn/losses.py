@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from gracehooks import processes
 from gracehooks.scoreboard import Page
 
-__all__ = ["Losses", "left_behind", "losses_of"]
-
-_TICKS = os.sysconf("SC_CLK_TCK")
+__all__ = ["Losses", "losses_of"]
 
 
 @dataclass
@@ -71,19 +67,3 @@ def losses_of(page: Page, pid: int, reason: str) -> Losses:
     counts = page.counts()
     counts["abandoned"] += page.jobs_in_flight
     return Losses({"requests": requests, "jobs": jobs}, counts, page.answered)
-
-
-def left_behind(page: Page) -> list[int]:
-    """The child processes that were jobs of a worker which has ended, and that still run.
-
-    They may have groups of their own, so the end of the worker's group did not reach them. A pid that was given to another
-    process meanwhile is left alone: that process would have started after the job.
-    """
-    found = []
-    for job in page.jobs():
-        if job.pid > 1 and processes.alive(job.pid):
-            # The monotonic clock stands still while the machine sleeps, the start time's does not: then nobody is killed.
-            started = processes.started(job.pid) / _TICKS
-            if started <= job.started + 1.0:
-                found.append(job.pid)
-    return found

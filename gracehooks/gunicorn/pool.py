@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from gracehooks import events, processes
 from gracehooks.deadline import Deadline
-from gracehooks.gunicorn.losses import Losses, left_behind, losses_of
+from gracehooks.gunicorn.leftovers import end_leftovers
+from gracehooks.gunicorn.losses import Losses, losses_of
 from gracehooks.gunicorn.workers.attached import Attached
 from gracehooks.scoreboard import Order
 
@@ -260,9 +261,7 @@ class Pool:
         self.recycling.pop(pid, None)
         how = processes.describe_status(status)
         if status or (departure is not None and departure.forced):
-            processes.kill_group(pid)  # what it started must not outlive it unseen
-            for child in left_behind(page):
-                processes.kill_tree(child)
+            end_leftovers(pid, page, worker.mark)  # what it started must not outlive it unseen
         reason = self._why(worker, departure, status, how)
         found = losses_of(page, pid, reason)
         self.ended.add(found)

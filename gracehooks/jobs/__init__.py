@@ -201,4 +201,6 @@ def start_services() -> None:
         threads.patch_late()
         tasks.patch_late()
     processes.patch_late()
+    if found.sweeper is not None:
+        processes.note_boot()
     services.start()

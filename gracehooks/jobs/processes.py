@@ -37,7 +37,17 @@ from gracehooks.jobs.threads import start_thread
 from gracehooks.jobs.tracker import Tracker, Work
 from gracehooks.scoreboard import Outcome
 
-__all__ = ["PROCESS", "Descendants", "become_subreaper", "patch", "patch_late", "popen", "run", "track_process"]
+__all__ = [
+    "PROCESS",
+    "Descendants",
+    "become_subreaper",
+    "note_boot",
+    "patch",
+    "patch_late",
+    "popen",
+    "run",
+    "track_process",
+]
 
 _in_request = requests._current.get
 _in_job = tracker.mark.get
@@ -48,6 +58,8 @@ ADOPTED_AFTER = 5.0
 #: reads all of `/proc`, so the pause is at least a hundred times as long as the last look took.
 LOOK_AFTER, LEISURE = 1.0, 100.0
 POLL = 0.02
+#: How long what was started at boot may take to leave when its worker does, in seconds; after TERM, and after KILL.
+PARTING = 0.2
 _SIGNAL_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _HAS_PIDFD = hasattr(os, "pidfd_open")
 _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -475,6 +487,23 @@ class Descendants:
         """Kill what is left of the trees of jobs and strays; with `infrastructure` every descendant."""
         kill_descendants(infrastructure=infrastructure)
 
+    def part(self) -> None:
+        """End what the application had beside its jobs: TERM, a moment, KILL; this process ends now.
+
+        multiprocessing's helpers are left: they see the end of this process, clean up behind it, and leave.
+        """
+        if not _has_children():
+            return
+        seen = scan()
+        left = [pid for pid in _tree([os.getpid()], seen) - {os.getpid()} - _helpers() if seen[pid].alive]
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in left:
+                _kill(pid, number)
+            until = time.monotonic() + PARTING
+            while left and time.monotonic() < until:
+                time.sleep(0.005)
+                left = [pid for pid in left if (now := _see(pid)) is not None and now.alive]
+
 
 def kill_descendants(*, infrastructure: bool = True) -> None:
     """Kill every descendant of this process; with `infrastructure` False spare what the application had at boot."""
@@ -492,11 +521,28 @@ def kill_descendants(*, infrastructure: bool = True) -> None:
         time.sleep(0.002)
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int, number: int = signal.SIGKILL) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
         pass
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    except (AttributeError, OSError):
+        pass
+    return True
+
+
+def note_boot() -> None:
+    """What runs below this process now was started at boot, and so was no job; an orphan of it is none either."""
+    if _has_children():
+        seen = scan()
+        _infrastructure.update({pid: seen[pid].started for pid in _tree([os.getpid()], seen) if pid != os.getpid()})
 
 
 def become_subreaper() -> None:

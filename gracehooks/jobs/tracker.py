@@ -125,6 +125,9 @@ class Sweeper(Protocol):
     def kill(self, *, infrastructure: bool) -> None:
         """Kill every descendant; those that the application had at boot only with `infrastructure`."""
 
+    def part(self) -> None:
+        """End every descendant that is left, with a word before: this process ends now."""
+
 
 class _Flag(Protocol):
     def set(self) -> None: ...

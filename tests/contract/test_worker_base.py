@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import signal
 
 import pytest
 from gunicorn import util
-from gunicorn.config import Config
 from gunicorn.workers.base import Worker
 
 import gracehooks
@@ -18,8 +18,10 @@ from gracehooks.scoreboard import Phase
 
 @pytest.mark.parametrize("spelling", threaded.SPELLINGS)
 def test_a_sync_worker_with_threads_is_replaced_by_gthread_and_ours_by_ours(monkeypatch, spelling):
-    for name in ("worker_class", "worker_class_str"):
-        monkeypatch.setattr(Config, name, Config.__dict__[name])  # whatever is installed is taken back at the end
+    fresh = importlib.util.module_from_spec(importlib.util.find_spec("gunicorn.config"))
+    fresh.__spec__.loader.exec_module(fresh)  # the loaded one may have been changed by another test
+    Config = fresh.Config  # noqa: N806
+    monkeypatch.setattr(threaded, "Config", Config)
     assert isinstance(Config.worker_class, property)
     assert isinstance(Config.worker_class_str, property)
     config = Config()

@@ -195,6 +195,71 @@ def test_the_hammer_and_the_death_of_a_worker_leave_no_process() -> None:
         assert ended(running)["abandoned"] == 7
 
 
+FULL = "TEST_FULL" in os.environ
+DETACHED = """
+STAY = "import time; print(1, flush=True); time.sleep(3600)"
+LINES = {
+    "its parent has just left": "setsid PY & exit 0",
+    "its parent left, its grandparent stays": "(setsid PY &); sleep 3600",
+    "its parent stays in the group": "setsid PY & wait",
+    "a deep one": "(sh -c '(setsid PY &); exit' &); sleep 3600",
+}
+
+
+def answer(kind):
+    words = LINES[list(LINES)[int(kind)]].replace("PY", f'{sys.executable} -Sc "{STAY}"') if kind.isdigit() else ":"
+    child = subprocess.Popen(["sh", "-c", words], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    return kind
+
+
+"""
+
+
+@pytest.mark.parametrize("worker", CLASSES if FULL else ["gracehooks.Worker"])
+def test_who_left_the_group_does_not_outlive_a_worker_that_is_killed_at_once(worker: str) -> None:
+    with server(worker, DETACHED) as running:
+        for _ in range(25 if FULL else 1):
+            for kind in range(4):
+                running.get(f"/{kind}")
+            (worker_pid,) = running.workers()
+            assert len(running.processes()) >= 6, "all four are there"
+            mark = running.mark()
+            os.kill(worker_pid, signal.SIGKILL)
+            running.wait_for("WorkerEnded", after=mark, worker=worker_pid)
+            eventually(lambda: len(running.processes()) == 2, 10, "the master and the next worker alone")
+            eventually(lambda: running.get("/").status == 200)
+
+
+AT_BOOT = """
+import multiprocessing.shared_memory
+ATEXIT = HERE / "atexit.txt"
+subprocess.Popen(["sleep", "3600"])
+subprocess.Popen(["sh", "-c", "setsid sleep 3600 & exit"]).wait()
+deaf = "trap '' TERM; echo; while :; do sleep 1; done"
+subprocess.Popen(["sh", "-c", deaf], stdout=subprocess.PIPE).stdout.readline()
+multiprocessing.shared_memory.SharedMemory("gracehooks" + str(os.getpid()), create=True, size=10)
+
+
+def answer(kind):
+    return " ".join(work.name for work in jobs.active())
+
+
+"""
+
+
+def test_what_was_started_at_boot_is_no_job_and_ends_with_its_worker() -> None:
+    with server("gracehooks.Worker", AT_BOOT, "gracehooks.configure(job_timeout=60)") as running:
+        assert running.get("/").text == ""
+        (worker,) = running.workers()
+        started = time.monotonic()
+        assert running.stop() == 0
+        assert time.monotonic() - started < 25, "nobody waits for them"
+        eventually(lambda: not running.processes())
+        assert ended(running)["accepted"] == 0
+        assert not Path(f"/dev/shm/gracehooks{worker}").exists(), "multiprocessing's own helper has cleaned up"
+
+
 ORDER = """
 open_now = True
 
@@ -417,12 +482,18 @@ def _one_end(running: Server, chance: random.Random) -> None:
     if what in ("upgrade", "reload"):
         assert getattr(running, what)()["event"] == "UpgradeCompleted"
         return
+    # One that boots would take the signal with the master's handlers, which it has still.
+    eventually(lambda: len(_ready(running)) >= 2, what="two workers")
     mark = running.mark()
-    worker = chance.choice(running.workers())
+    worker = chance.choice(_ready(running))
     os.kill(worker, getattr(signal, f"SIG{what}"))
     running.wait_for("WorkerEnded", after=mark, worker=worker)
-    # It may have been one that was leaving anyway.
-    eventually(lambda: len(running.workers()) >= 2, what="two workers")
+
+
+def _ready(running: Server) -> list[int]:
+    """The workers that have told their master so; one may be leaving already."""
+    ready = {event["worker"] for event in running.events() if event["event"] == "WorkerReady"}
+    return [pid for pid in running.workers() if pid in ready]
 
 
 def _compare(running: Server) -> None:

@@ -19,6 +19,7 @@ from gunicorn.workers.base import Worker as StockWorker
 
 from gracehooks import processes, settings
 from gracehooks.gunicorn.hooks import chain
+from gracehooks.gunicorn.leftovers import MARK
 from gracehooks.gunicorn.workers import ready
 from gracehooks.scoreboard import Order, Page, Phase
 
@@ -55,11 +56,13 @@ class Attached:
     def __init__(self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any) -> None:
         super().__init__(age, ppid, sockets, app, timeout, cfg, log)  # type: ignore[call-arg]
         self.page = Page()
+        self.mark = f"{os.getpid()}.{time.monotonic_ns()}"
         self.settings = settings.current()
 
     def init_process(self) -> None:
         """Boot and run; an exception before the worker was ready leaves its reason on the page."""
         lead_own_group()
+        os.environ[MARK] = self.mark
         if Attached.close_in_worker is not None:
             Attached.close_in_worker()
         try:
