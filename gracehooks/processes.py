@@ -134,17 +134,34 @@ def signal_at_parents_end(sig: int) -> None:
 
 
 def oom_kills() -> int:
-    """How many processes of our control group the kernel has killed for want of memory (cgroup v2, memory.events).
+    """How many processes the kernel has killed for want of memory: of our control group, else of the whole machine.
 
-    -1 where that cannot be read.
+    -1 where none of the counters can be read. A killed process counts in its own group, whoever ran out of memory: a group
+    above it or the machine (memory.events of cgroup v2, memory.oom_control of v1, oom_kill in proc_vmstat(5)).
     """
+    for name in _oom_counters():
+        try:
+            with open(name) as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
+        except (OSError, StopIteration, ValueError, IndexError):
+            continue
+    return -1
+
+
+def _oom_counters() -> list[str]:
+    found = []
     try:
         with open("/proc/self/cgroup") as file:
-            path = next(line.rstrip("\n").split("::", 1)[1] for line in file if line.startswith("0::"))
-        with open(f"/sys/fs/cgroup{path}/memory.events") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return -1
+            groups = [line.rstrip("\n").split(":", 2)[1:] for line in file]
+    except OSError:
+        groups = []
+    for controllers, path in groups:
+        if not controllers:
+            found.append(f"/sys/fs/cgroup{path}/memory.events")
+        elif "memory" in controllers.split(","):
+            # In a container the path may be the host's, and our group is what is mounted.
+            found += [f"/sys/fs/cgroup/memory{each}/memory.oom_control" for each in (path, "")]
+    return [*found, "/proc/vmstat"]
 
 
 def exit_status(pid: int) -> int | None:

@@ -60,11 +60,15 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True)
 class RequestInFlight:
-    """A request that has begun and not ended; `started` is monotonic seconds, `path` has no query."""
+    """A request that has begun and not ended; `started` is monotonic seconds, `path` has no query.
+
+    `counted` says that a page counts it; a worker may know of others, whose answers were cut say.
+    """
 
     method: str
     path: str
     started: float
+    counted: bool = True
 
     @property
     def age(self) -> float:
@@ -95,7 +99,8 @@ _BEGUN, _ANSWERED = 40, 48  # of the requests that found no slot
 _ACCEPTED, _OUTCOMES = 56, 64  # accepted are those that found no slot; five outcomes follow: 64 … 96
 _PHASE_SINCE = 104
 _FAILURE_SIZE, _REPORT_SIZE = 112, 120
-_FAILURE, _FAILURE_ROOM = 128, 1024
+_LEAVING = 128
+_FAILURE, _FAILURE_ROOM = 136, 1024
 _REPORT, _REPORT_ROOM = _FAILURE + _FAILURE_ROOM, 48 * 1024
 _SLOTS = _REPORT + _REPORT_ROOM
 
@@ -187,6 +192,15 @@ class Page:
     @order.setter
     def order(self, order: Order) -> None:
         self._set(_ORDER, order)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the worker knows that it must leave: from here on it bounds itself."""
+        return bool(self._get(_LEAVING))
+
+    @leaving.setter
+    def leaving(self, value: bool) -> None:
+        self._set(_LEAVING, int(value))
 
     @property
     def wants_replacement(self) -> bool:

@@ -69,7 +69,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT)
 #: Kinds of jobs that run on while the event loop is blocked.
 OUTSIDE_THE_LOOP = ("thread", "process")
 #: What a report says of a request that had begun to arrive and was never read.
-UNREAD = {"method": "?", "path": "?", "age": 0.0, "where": ""}
+UNREAD = {"method": "?", "path": "?", "age": 0.0, "where": "", "counted": False}
 
 
 class Host(Protocol):
@@ -190,6 +190,7 @@ class Drain:
         self.reason = reason
         self.leaving = True
         self._last_resort.arm(self.deadline.plus(LAST_RESORT_REQUESTS))
+        self.page.leaving = True
         if self._sentinel is not None:
             self._sentinel.wake()
         self.host.wake()
@@ -365,8 +366,9 @@ class Drain:
         }
         # Requests that nobody has read, and those for which the page had no room, have no name; they are losses all the
         # same.
-        nameless = self._unread + max(0, self.in_flight - len(found))
-        found.update({-number: dict(UNREAD) for number in range(1, nameless + 1)})
+        nameless = max(0, self.in_flight - len(found))
+        for number in range(1, self._unread + nameless + 1):
+            found[-number] = UNREAD if number <= self._unread else {**UNREAD, "counted": True}
         self.page.report = report.as_json(found.values(), self._abandoned, reason) if found or self._abandoned else ""
         return found, self._abandoned
 

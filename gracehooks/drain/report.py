@@ -42,12 +42,16 @@ _LIBRARY = os.sep + "site-packages" + os.sep
 
 
 def facts(request: RequestInFlight, handle: object, frames: Mapping[int, FrameType], main: int = 0) -> dict[str, Any]:
-    """A request in flight as a report says it; `handle` is what runs it, `main` the thread of the event loop."""
+    """A request in flight as a report says it; `handle` is what runs it, `main` the thread of the event loop.
+
+    One that the page does not count says so (`counted`): whoever reads page and report adds the two up.
+    """
     return {
         "method": request.method,
         "path": request.path,
         "age": round(request.age, 3),
         "where": where(handle, frames, main),
+        **({} if request.counted else {"counted": False}),
     }
 
 

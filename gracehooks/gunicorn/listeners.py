@@ -17,7 +17,7 @@ from typing import Any
 
 from gunicorn import sock
 
-__all__ = ["add_own", "end_accepting", "name_of", "unlink_paths"]
+__all__ = ["add_own", "end_accepting", "name_of", "turn_away", "unlink_paths"]
 
 SO_ATTACH_FILTER = 26
 #: Classic BPF over the TCP header (byte 13: flags): a SYN without ACK is dropped, all else passes.
@@ -48,6 +48,28 @@ def _drop_new(listener: Any) -> None:
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
     except OSError:
         pass  # another system: the backlog is still served, a connection of the last moment may be reset
+
+
+def turn_away(listeners: Iterable[Any]) -> int:
+    """Close what still waits at `listeners`, once no worker is left; how many of them had begun to send a request.
+
+    That is what the kernel does when the listener is closed; here it is counted. Never raises.
+    """
+    found = 0
+    for listener in listeners:
+        try:
+            listener.setblocking(False)
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    client.setblocking(False)
+                    try:
+                        found += bool(client.recv(1, socket.MSG_PEEK))
+                    except OSError:
+                        pass  # it has sent nothing, or has gone
+        except OSError:
+            continue
+    return found
 
 
 def unlink_paths(listeners: Iterable[Any]) -> None:

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gracehooks import processes
 from gracehooks.scoreboard import Page
 
-__all__ = ["Losses", "losses_of"]
+__all__ = ["Losses", "OutOfMemory", "losses_of", "never_accepted"]
+
+
+class OutOfMemory:
+    """Which of the SIGKILLs that workers end by are the kernel's: it counts those that it sends for want of memory.
+
+    The count says how many, not whom. So each is put down to one worker, and one that nobody ended by within RECENT seconds
+    was for another process: a job's, or a neighbour's.
+    """
+
+    RECENT = 5.0
+
+    def __init__(self, count: Callable[[], int] = processes.oom_kills) -> None:
+        self._count = count
+        self._explained = self._soon_explained = count()
+        self._looked = float("-inf")
+
+    def look(self, now: float) -> None:
+        """Forget what nobody ended by; cheap, for each turn of a loop. `now` is monotonic seconds."""
+        if now - self._looked >= self.RECENT:
+            self._looked = now
+            self._explained, self._soon_explained = max(self._explained, self._soon_explained), self._count()
+
+    def reason(self) -> str:
+        """Why a worker has ended by a SIGKILL that the master did not send."""
+        count = self._count()
+        if count < 0:
+            return "killed by SIGKILL (by hand, or out of memory)"
+        if count <= self._explained:
+            return "killed by SIGKILL"
+        self._explained += 1
+        return "killed by the kernel: out of memory"
 
 
 @dataclass
@@ -53,6 +86,11 @@ def losses_of(page: Page, pid: int, reason: str) -> Losses:
                 break
         requests.append(entry)
     unnamed = page.in_flight - len(requests)
+    requests += [
+        {"method": each.get("method", "?"), "path": each.get("path", "?"), "age": each.get("age", 0.0), **common}
+        for each in told.get("requests", ())
+        if not each.get("counted", True)
+    ]
     requests += [{"method": "?", "path": "?", "age": 0.0, **common} for _ in range(max(0, unnamed))]
     jobs = [{**each, **common, "reason": each.get("reason", reason)} for each in told.get("jobs", ())]
     known = {each.get("id") for each in jobs}
@@ -67,3 +105,9 @@ def losses_of(page: Page, pid: int, reason: str) -> Losses:
     counts = page.counts()
     counts["abandoned"] += page.jobs_in_flight
     return Losses({"requests": requests, "jobs": jobs}, counts, page.answered)
+
+
+def never_accepted(count: int) -> Losses:
+    """The requests that waited at a listener to the end of a stop, since every worker that was left was stuck."""
+    entry = {"method": "?", "path": "?", "age": 0.0, "worker": 0, "reason": "no worker was left to accept it"}
+    return Losses({"requests": [dict(entry) for _ in range(count)], "jobs": []})

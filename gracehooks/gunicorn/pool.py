@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from gracehooks import events, processes
 from gracehooks.deadline import Deadline
 from gracehooks.gunicorn.leftovers import end_leftovers
-from gracehooks.gunicorn.losses import Losses, losses_of
+from gracehooks.gunicorn.losses import Losses, OutOfMemory, losses_of
 from gracehooks.gunicorn.workers.attached import Attached
-from gracehooks.scoreboard import Order
+from gracehooks.scoreboard import Order, Phase
 
 if TYPE_CHECKING:
     from gracehooks.gunicorn.master import Grace
@@ -30,6 +30,9 @@ __all__ = ["MARGIN", "Pool"]
 BOOTING_LEAVES_WITHIN = 1.0
 #: How long the master waits beyond a worker's own bounds, before it kills.
 MARGIN = 0.5
+#: How long beyond the drain time a worker may take to learn that it was told to leave, before it is killed. Its sentinel
+#: looks four times a second: only what holds the GIL, or has stopped the process, keeps that from it.
+HEARD = 0.75
 #: Between one failed boot and the next try, in seconds, and the longest.
 BACKOFF, LONGEST_BACKOFF = 0.5, 10.0
 
@@ -42,6 +45,12 @@ class Departure:
     reason: str
     booting: bool = False  #: it was not ready when it was told
     forced: bool = False
+    #: By when it must know that it was told, or nothing in it runs any more; endless for a class that does not say so.
+    heard: Deadline = field(default_factory=lambda: Deadline(float("inf")))
+
+    def overdue(self, *, ready: bool, leaving: bool) -> bool:
+        """Whether the worker must be killed now; `ready` and `leaving` are what its page says."""
+        return self.deadline.passed or (ready and not leaving and self.heard.passed)
 
 
 @dataclass
@@ -70,7 +79,7 @@ class Pool:
         self._told_ready: set[int] = set()
         self._failed_boots = 0
         self._spawn_after = 0.0
-        self._oom_kills = processes.oom_kills()
+        self._out_of_memory = OutOfMemory()
 
     @property
     def busy(self) -> bool:
@@ -173,7 +182,9 @@ class Pool:
         worker.page.order = order
         booting = not worker.page.ready
         bound = BOOTING_LEAVES_WITHIN if booting else self._master.settings.leave_budget + MARGIN
-        self.leaving[pid] = Departure(Deadline.after(bound), reason, booting)
+        departure = self.leaving[pid] = Departure(Deadline.after(bound), reason, booting)
+        if getattr(worker, "drains", False):
+            departure.heard = Deadline.after(self._master.settings.drain_timeout + HEARD)
         processes.signal_process(pid, signal.SIGTERM)
 
     def hammer(self, reason: str, deadline: Deadline) -> None:
@@ -196,12 +207,14 @@ class Pool:
             worker = self._arbiter.WORKERS.get(pid)
             if worker is None:
                 del self.leaving[pid]
-            elif departure.deadline.passed:
+            elif departure.overdue(ready=worker.page.ready, leaving=worker.page.leaving):
                 if departure.booting and worker.page.ready and not departure.forced and patient:
                     # It became ready after it was told to go, and may hold requests: it gets the whole bound, once.
                     departure.booting = False
                     departure.deadline = Deadline.after(self._master.settings.leave_budget + MARGIN)
                 else:
+                    if not departure.deadline.passed:
+                        departure.reason += "; nothing in it has run since: a call in C holds it"
                     self._kill(pid, departure)
 
     def _kill(self, pid: int, departure: Departure) -> None:
@@ -236,6 +249,7 @@ class Pool:
             status = processes.exit_status(pid)
             if status is not None:
                 self._ended(pid, worker, status)
+        self._out_of_memory.look(time.monotonic())
         if getattr(self._arbiter, "dirty_arbiter_pid", 0):
             self._arbiter.reap_dirty_arbiter()  # gunicorn 25 and newer: its pool for long work
         if os.getpid() == 1:
@@ -299,16 +313,17 @@ class Pool:
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             if number == signal.SIGKILL:
-                before, self._oom_kills = self._oom_kills, processes.oom_kills()
-                if 0 <= before < self._oom_kills:
-                    return "killed by the kernel: out of memory"
-                return "killed by SIGKILL (by hand, or out of memory)" if before < 0 else "killed by SIGKILL"
+                return self._out_of_memory.reason()
             if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
                 return f"crashed with {how}"
             return f"killed by {how}"
         if os.WEXITSTATUS(status) == 0:
             return "drained"
-        return "drain timeout" if departure is not None and worker.page.report else f"ended with {how}"
+        if departure is None or os.WEXITSTATUS(status) != 1:
+            return f"ended with {how}"
+        if worker.page.report or worker.page.phase <= Phase.REQUESTS:
+            return "drain timeout"
+        return "job timeout" if worker.page.phase is Phase.JOBS else "cleanup timeout"
 
     def forget_ended(self) -> None:
         """Count anew: what comes now belongs to another report."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gracehooks import events, processes
 from gracehooks.deadline import Deadline
 from gracehooks.gunicorn import listeners
+from gracehooks.gunicorn.losses import never_accepted
 from gracehooks.gunicorn.pool import MARGIN
 from gracehooks.scoreboard import Order
 
@@ -144,6 +145,9 @@ class Stopping:
         if master.driver.under_way and master.successor is not None:
             master.successor.roll_back(True)
         master.takeover.hear()
+        if stop.final:
+            waited = listeners.turn_away(each for each in self._arbiter.LISTENERS if self._is_ours(each))
+            master.pool.ended.add(never_accepted(waited))
         self._tell(stop)
         master.leave()
 

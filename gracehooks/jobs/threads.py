@@ -74,6 +74,12 @@ class _FutureKind(_ThreadKind):
         work.handle.cancel()
 
     def where(self, work: Work) -> str:
+        for innermost in sys._current_frames().values():
+            frame = innermost
+            while frame is not None:
+                if frame.f_code is _marked.__code__ and frame.f_locals.get("work") is work:
+                    return stacks.of_frame(innermost)
+                frame = frame.f_back  # type: ignore[assignment]
         return str(work.handle)
 
 

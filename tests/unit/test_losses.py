@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gracehooks.gunicorn.losses import Losses, losses_of
+from gracehooks.gunicorn.losses import Losses, OutOfMemory, losses_of
 from gracehooks.scoreboard import Outcome, Page
 
 
@@ -80,3 +80,30 @@ def test_losses_add_up():
     total.add(Losses({"requests": [], "jobs": [{"id": 1}]}, {"accepted": 2}, 3))
     assert total.lost == {"requests": [{"path": "/a"}], "jobs": [{"id": 1}]}
     assert (total.jobs, total.answered) == ({"accepted": 3}, 5)
+
+
+def test_each_kill_for_want_of_memory_is_put_down_to_one_worker():
+    kills = 3
+    memory = OutOfMemory(lambda: kills)
+    assert memory.reason() == "killed by SIGKILL"
+    kills += 2
+    assert memory.reason() == memory.reason() == "killed by the kernel: out of memory"
+    assert memory.reason() == "killed by SIGKILL"
+
+
+def test_a_kill_for_want_of_memory_that_no_worker_ended_by_is_forgotten():
+    kills = 0
+    memory = OutOfMemory(lambda: kills)
+    memory.look(100.0)
+    kills = 1  # a child of a job
+    for now in (101.0, 105.0, 106.0):
+        memory.look(now)
+    kills += 1
+    assert memory.reason() == "killed by the kernel: out of memory"  # which of the two it was cannot be known yet
+    for now in (110.0, 115.0):
+        memory.look(now)
+    assert memory.reason() == "killed by SIGKILL"
+
+
+def test_where_kills_cannot_be_counted_nothing_is_promised():
+    assert "by hand, or out of memory" in OutOfMemory(lambda: -1).reason()

@@ -155,6 +155,8 @@ class Reading:
             if left > 0:
                 self._set(left)
                 return
+            if drain.leaving:
+                self._worker.given_up += 1
         self._greenlet.throw(StopIteration())  # gunicorn closes the connection on it, quietly
 
 
@@ -168,6 +170,8 @@ class GeventWorker(Drained, ggevent.GeventWorker):
         super().__init__(*args, **kwargs)
         #: The connections of this worker, by the greenlets that serve them.
         self.connections: dict[Any, Connection] = {}
+        #: Requests that had begun to arrive, and had not arrived when the drain's time was over.
+        self.given_up = 0
         self._servers: list[Any] = []
         self._awake: Any = None
         self._alarm: Any = None
@@ -284,7 +288,8 @@ class GeventWorker(Drained, ggevent.GeventWorker):
 
     def unread(self) -> int:
         """Connections that have begun to send a request that has not been read to its end."""
-        return sum(1 for each in list(self.connections.values()) if not (each.busy or each.http2) and each.has_begun())
+        begun = (each for each in list(self.connections.values()) if not (each.busy or each.http2) and each.has_begun())
+        return self.given_up + sum(1 for _ in begun)
 
     # -- signals -----------------------------------------------------------------------------------------------------
     def handle_quit(self, sig: int, frame: Any) -> None:

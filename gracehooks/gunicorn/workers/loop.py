@@ -252,7 +252,7 @@ class LoopWorker(Drained):
         for number, (method, path) in enumerate(
             (*self.cut, *(self._side.unsent() if self._side is not None else ())), 1
         ):
-            found[-(1 << 62) - number] = (RequestInFlight(method, path, now), None)
+            found[-(1 << 62) - number] = (RequestInFlight(method, path, now, counted=False), None)
         return found
 
     # -- signals -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,160 @@
+"""A worker that dies at once leaves a report of exactly what it had in flight: SIGKILL, a crash in C, out of memory.
+
+Out of memory is tested on one class, TEST_FULL=1 does it on all: a real control group with a bound, and the kernel's kill.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from concurrent.futures import Future
+
+import gunicorn
+import pytest
+
+from tests.kit import Server, eventually, serve
+from tests.kit.cgroups import little_memory
+from tests.kit.clients import ask
+
+WSGI_CLASSES = ["gracehooks.Worker", "gracehooks.SyncWorker", "gracehooks.GeventWorker"]
+LOOPS = ["gracehooks.UvicornWorker"] + ["gracehooks.ASGIWorker"] * (gunicorn.version_info >= (25, 0))
+CLASSES = WSGI_CLASSES + LOOPS
+MEGABYTE = 1 << 20
+
+COMMON = """
+import asyncio, ctypes, os, threading, time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def starts(path):
+    (HERE / f"begun-{path}-{os.getpid()}").touch()
+    if path == "job":
+        threading.Thread(target=time.sleep, args=(600,), name="the job").start()
+    elif path == "crash":
+        ctypes.string_at(0)
+    elif path == "eat":
+        eaten = []
+        while True:
+            eaten.append(bytearray(os.urandom(1 << 20)))
+
+
+"""
+WSGI = """
+def app(environ, start_response):
+    path = environ["PATH_INFO"].strip("/")
+    starts(path)
+    while path.startswith("wait") and not (HERE / "go").exists():
+        time.sleep(0.02)
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+"""
+ASGI = """
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    path = scope["path"].strip("/")
+    starts(path)
+    while path.startswith("wait") and not (HERE / "go").exists():
+        await asyncio.sleep(0.02)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+
+
+def source(worker: str) -> str:
+    return COMMON + (ASGI if worker in LOOPS else WSGI)
+
+
+class Victim:
+    """The worker that will die, with requests and a job that are known, and the others."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.flying: dict[int, dict[str, Future[int]]] = {pid: {} for pid in server.workers()}
+        self.jobs: dict[int, int] = dict.fromkeys(self.flying, 0)
+        assert ask(server, "job").result(60) == 200
+        self.jobs[self._who("job")] += 1
+        # A worker that takes one request at a time has one, and the next goes to another worker.
+        for number in range(len(self.flying) if "Sync" in self._class() else 3):
+            answer = ask(server, f"wait-{number}")
+            self.flying[self._who(f"wait-{number}")][f"/wait-{number}"] = answer
+
+    def _class(self) -> str:
+        return (self.server.dir / "gunicorn.conf.py").read_text()
+
+    def _who(self, path: str) -> int:
+        (found,) = eventually(lambda: list(self.server.dir.glob(f"begun-{path}-*")), what=f"the beginning of {path}")
+        return int(found.name.rpartition("-")[2])
+
+    def check(self, pid: int, reason: str, *more: str) -> None:
+        """`pid` has died: exactly its requests and jobs are lost, for `reason`; the others are answered in the end."""
+        server = self.server
+        ended = server.wait_for("WorkerEnded", worker=pid)
+        assert reason in ended["reason"], ended
+        lost = ended["lost"]
+        assert sorted(each["path"] for each in lost["requests"]) == sorted([*self.flying[pid], *more]), (
+            ended,
+            self.flying,
+        )
+        assert {(each["method"], each["reason"]) for each in lost["requests"]} <= {("GET", ended["reason"])}
+        assert all(each["age"] >= 0 for each in lost["requests"])
+        assert [each["name"] for each in lost["jobs"]] == ["the job"] * self.jobs[pid]
+        assert [answer.result(60) for answer in self.flying[pid].values()] == [0] * len(self.flying[pid])
+        (server.dir / "go").touch()
+        others = [each for other, answers in self.flying.items() if other != pid for each in answers.values()]
+        assert [each.result(60) for each in others] == [200] * len(others)
+        assert ask(server, "").result(60) == 200
+        with_jobs = {other for other, count in self.jobs.items() if count}
+        code = server.stop()
+        stopped = server.wait_for("Stopped")
+        assert sorted(each["path"] for each in stopped["lost"]["requests"]) == sorted([*self.flying[pid], *more])
+        assert (stopped["outcome"] == "completed") is (not lost["requests"] and not with_jobs), stopped
+        assert server.history()[-1]["lost"] == stopped["lost"]
+        assert code == 0
+
+
+CONFIG = "gracehooks.configure(drain_timeout=20, job_timeout=0.2, job_grace=0.1)\ntimeout = 300\n"
+
+
+@pytest.mark.parametrize("worker", CLASSES)
+@pytest.mark.parametrize("death", ["SIGKILL", "SIGSEGV"])
+def test_a_worker_that_dies_leaves_a_report_of_exactly_what_it_had(worker: str, death: str) -> None:
+    with serve(source(worker), CONFIG, worker=worker, workers=2) as server:
+        victim = Victim(server)
+        pid = max(victim.flying, key=lambda each: len(victim.flying[each]))
+        if death == "SIGKILL":
+            os.kill(pid, signal.SIGKILL)
+            victim.check(pid, "killed by SIGKILL")
+        elif "Sync" in worker:  # its only thread waits: somebody else has to make it crash
+            os.kill(pid, signal.SIGSEGV)
+            victim.check(pid, "crashed with SIGSEGV")
+        else:
+            ask(server, "crash")
+            pid = victim._who("crash")
+            victim.check(pid, "crashed with SIGSEGV", "/crash")
+
+
+@pytest.mark.parametrize("worker", CLASSES if os.environ.get("TEST_FULL") == "1" else ["gracehooks.Worker"])
+def test_a_worker_that_eats_all_memory_is_told_of_as_out_of_memory(worker: str) -> None:
+    workers = 3 if "Sync" in worker else 2
+    with little_memory(300 * MEGABYTE) as group:
+        start = (
+            f"echo $$ > {group}/cgroup.procs && exec {shlex.quote(sys.executable)} -m gunicorn -c {{config}} {{target}}"
+        )
+        with serve(source(worker), CONFIG, worker=worker, workers=workers, command=["sh", "-c", start]) as server:
+            victim = Victim(server)
+            if "Sync" in worker:
+                (server.dir / "go").touch()
+                for answers in victim.flying.values():
+                    assert [each.result(60) for each in answers.values()] == [200] * len(answers)
+                    answers.clear()
+            ask(server, "eat")
+            victim.check(victim._who("eat"), "killed by the kernel: out of memory", "/eat")
