@@ -295,6 +295,7 @@ class Drain:
         self._account(reason)
         if self.page.phase is not Phase.ENDED:
             self._fact(Fact.HAMMERED)
+        self._kill_jobs()
         self.deadline = self.deadline.earlier(end)
         self._last_resort.arm(end.plus(HAMMER_LAST_RESORT))
         if self._sentinel is not None:
@@ -384,6 +385,11 @@ class Drain:
         if tracker is not None:
             self._abandoned.extend(each.facts() for each in tracker.abandon())
 
+    def _kill_jobs(self) -> None:
+        tracker = jobs.current()
+        if tracker is not None:
+            tracker.kill()
+
     # -- the sentinel's turn ---------------------------------------------------------------------------------------
     def turn(self) -> float:
         """The sentinel's turn: beat, and end what the worker's own thread should have ended; seconds until the next."""
@@ -451,6 +457,7 @@ class Drain:
             self._finish_in_its_place()
         elif phase is Phase.JOBS:
             self._abandon_jobs()
+            self._kill_jobs()
             self._account("job_timeout")
             self._fact(Fact.DEADLINE_PASSED)
             self._clean_up_in_its_place()
@@ -479,6 +486,7 @@ class Drain:
                 self.host.beat()
                 native("time", "sleep")(0.05)
             self._abandon_jobs()
+            self._kill_jobs()
         if self._abandoned:
             self._account("job_timeout")
         self._fact(Fact.DEADLINE_PASSED if self._abandoned else Fact.JOBS_ENDED)

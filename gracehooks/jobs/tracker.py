@@ -493,7 +493,8 @@ class Tracker:
     def abandon(self) -> list[Abandoned]:
         """Give up every job now, without a word to it: for an exit by force, from any thread.
 
-        Closes the tracker, counts what is in flight as abandoned, kills every child process; gives what was abandoned.
+        Closes the tracker and counts what is in flight as abandoned; gives it, at once: under gevent nothing switches
+        between the first count and the return, so whoever waits in `end` finds the report written. `kill` is next.
         """
         if not self.counting:
             self.closed = True
@@ -505,9 +506,12 @@ class Tracker:
             abandoned = work.abandoned()
             if self.finish(work, Outcome.ABANDONED):
                 lost.append(abandoned)
-        if self.sweeper is not None:
-            self.sweeper.kill(infrastructure=True)
         return lost
+
+    def kill(self) -> None:
+        """Kill every child process, and what was started at boot too."""
+        if self.counting and self.sweeper is not None:
+            self.sweeper.kill(infrastructure=True)
 
 
 class Ending:

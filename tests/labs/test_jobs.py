@@ -1,6 +1,7 @@
 """Jobs and a real Redis: the counter that must be exact, and the runner that must not leave a message half done.
 
-The full figures: TEST_COUNTER=1000 TEST_COUNTER_DELAY=5 TEST_STOCK=1 pytest tests/labs/test_jobs.py -s
+The full figures: TEST_COUNTER=1000 TEST_COUNTER_DELAY=5 TEST_STOCK=1 TEST_PLAIN=1 TEST_FULL=1 TEST_REPEATS=10 TEST_SLEEP=3
+pytest tests/labs/test_jobs.py -s
 """
 
 from __future__ import annotations
@@ -27,6 +28,22 @@ pytestmark = pytest.mark.lab
 COUNTER = int(os.environ.get("TEST_COUNTER", "40"))
 DELAY = float(os.environ.get("TEST_COUNTER_DELAY", "0.5"))
 RATE = 25.0
+#: B: how often, how long a message takes, and whether every way meets every class.
+REPEATS = int(os.environ.get("TEST_REPEATS", "1"))
+SLEEP = os.environ.get("TEST_SLEEP", "0.4")
+FULL = "TEST_FULL" in os.environ
+ASGI_WORKER = pytest.param(
+    "gracehooks.ASGIWorker",
+    marks=pytest.mark.skipif(gunicorn.version_info < (25, 0), reason="this gunicorn has no asgi worker"),
+)
+CLASSES = [
+    "gracehooks.Worker",
+    "gracehooks.SyncWorker",
+    "gracehooks.GeventWorker",
+    ASGI_WORKER,
+    "gracehooks.UvicornWorker",
+]
+LOOPS = ("gracehooks.ASGIWorker", "gracehooks.UvicornWorker")
 
 
 @pytest.fixture(scope="module")
@@ -159,23 +176,15 @@ class Asker:
 
 
 @pytest.mark.parametrize(
-    "worker",
-    [
-        "gracehooks.Worker",
-        "gracehooks.SyncWorker",
-        "gracehooks.GeventWorker",
-        pytest.param(
-            "gracehooks.ASGIWorker",
-            marks=pytest.mark.skipif(gunicorn.version_info < (25, 0), reason="this gunicorn has no asgi worker"),
-        ),
-        "gracehooks.UvicornWorker",
-    ],
+    "plain", [False, True] if "TEST_PLAIN" in os.environ else [False], ids=lambda plain: "P" * plain
 )
+@pytest.mark.parametrize("worker", CLASSES)
 def test_every_request_counts_once_through_two_upgrades_and_a_reload(
-    worker: str, port: int, client: redis.Redis
+    worker: str, plain: bool, port: int, client: redis.Redis
 ) -> None:
-    app = ASGI if worker.endswith(("ASGIWorker", "UvicornWorker")) else WSGI
-    with serve(app, CONFIG, worker=worker, env={"REDIS_PORT": str(port), "DELAY": str(DELAY)}) as server:
+    """Threads or tasks as they are and through the API by turns; with TEST_PLAIN also without the API."""
+    env = {"REDIS_PORT": str(port), "DELAY": str(DELAY), **({"PLAIN": "1"} if plain else {})}
+    with serve(ASGI if worker in LOOPS else WSGI, CONFIG, worker=worker, env=env) as server:
         with Asker(server) as asker:
             for change in (server.upgrade, server.reload, server.upgrade):
                 asked = asker.asked
@@ -188,7 +197,7 @@ def test_every_request_counts_once_through_two_upgrades_and_a_reload(
         assert {event["reason"] for event in ends} == {"drained"}
         assert sum(event["jobs"]["succeeded"] for event in ends) == asker.asked
         assert sum(event["jobs"]["accepted"] for event in ends) == asker.asked
-        print(f"\n{worker}: {asker.asked} requests, counter {client.get('counter')}")
+        print(f"\n{worker} {'plain' * plain}: {asker.asked} requests, counter {client.get('counter')}")
 
 
 @pytest.mark.skipif("TEST_STOCK" not in os.environ, reason="a comparison: set TEST_STOCK=1")
@@ -235,15 +244,29 @@ def consume(token):
                 token.wait(0.05)
 
 
+"""
+RUNNER_WSGI = """
 def app(environ, start_response):
     start_response("200 OK", [("Content-Length", "2")])
     return [b"ok"]
 """
-WORK = """
+RUNNER_ASGI = """
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+WORK = f"""
 echo "$1 begun" >> "$2"
-sleep 0.4
+sleep {SLEEP}
 echo "$1 done" >> "$2"
 """
+PATIENT = f"gracehooks.configure(job_timeout={4 * float(SLEEP) + 5})"
 SUPERVISORD = """
 [supervisord]
 nodaemon = true
@@ -304,11 +327,24 @@ def compare(done: Path, messages: Messages, client: redis.Redis) -> None:
     print(f"\n{messages.sent} messages: {len(ended)} done, {len(waiting)} waiting")
 
 
-@pytest.mark.parametrize("how", ["TERM", "TERM to the group", "TERM twice to the group", "USR2", "HUP"])
-def test_no_message_stays_half_done(how: str, port: int, client: redis.Redis, tmp_path: Path) -> None:
+WAYS = ["TERM", "TERM to the group", "TERM twice to the group", "USR2", "HUP"]
+
+
+@pytest.mark.parametrize("repeat", range(REPEATS))
+@pytest.mark.parametrize(
+    ("how", "worker"),
+    [(how, worker) for how in WAYS for worker in CLASSES[:3] + CLASSES[4:]]
+    + [pytest.param(how, *ASGI_WORKER.values, marks=ASGI_WORKER.marks) for how in WAYS]
+    if FULL
+    else list(zip(WAYS, ["gracehooks.UvicornWorker", *CLASSES[:3], "gracehooks.Worker"], strict=True)),
+)
+def test_no_message_stays_half_done(
+    how: str, worker: str, repeat: int, port: int, client: redis.Redis, tmp_path: Path
+) -> None:
     done = tmp_path / "done.txt"
     env = {"REDIS_PORT": str(port), "DONE": str(done)}
-    with serve(RUNNER, env=env, files={"work.sh": WORK}) as server:
+    app = RUNNER + (RUNNER_ASGI if worker in LOOPS else RUNNER_WSGI)
+    with serve(app, PATIENT, worker=worker, env=env, files={"work.sh": WORK}) as server:
         with Messages(client) as messages:
             eventually(lambda: done.exists() and done.read_text().count("done") > 5)
             pid = server.pid
@@ -347,14 +383,15 @@ def test_the_example_of_a_consumer_finishes_what_it_has_taken(port: int, client:
     assert taken == list(range(20 - client.llen("messages")))
 
 
-def test_supervisorctl_restart_with_stopasgroup(port: int, client: redis.Redis, tmp_path: Path) -> None:
+@pytest.mark.parametrize("repeat", range(REPEATS))
+def test_supervisorctl_restart_with_stopasgroup(repeat: int, port: int, client: redis.Redis, tmp_path: Path) -> None:
     pytest.importorskip("supervisor")
     done = tmp_path / "done.txt"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {"REDIS_PORT": str(port), "DONE": str(done), "PATH": path, "PYTHON": sys.executable}
     command = [sys.executable, "-m", "supervisor.supervisord", "-c", "supervisord.conf"]
     files = {"work.sh": WORK, "supervisord.conf": SUPERVISORD}
-    with serve(RUNNER, env=env, files=files, command=command, answers=None) as server:
+    with serve(RUNNER + RUNNER_WSGI, PATIENT, env=env, files=files, command=command, answers=None) as server:
 
         def control(*words: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -307,6 +308,108 @@ def test_callbacks_come_after_the_last_job(worker: str) -> None:
         assert ended(running)["succeeded"] == 80
 
 
+ENDS_OF_WORKERS = """
+import random
+
+open_now = True
+
+
+@gracehooks.on_shutdown
+def close():
+    global open_now
+    open_now = False
+    note("closed")
+
+
+def note(what):
+    file = os.open(HERE / "said.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, f"{what} {os.getpid()} {time.monotonic()}\\n".encode())
+    os.close(file)
+
+
+def use():
+    note("used" if open_now else "LATE")
+
+
+def work(seconds):
+    time.sleep(seconds)
+    use()
+
+
+async def work_task(seconds):
+    await asyncio.sleep(seconds)
+    use()
+
+
+def child(seconds):
+    jobs.run(["sleep", str(seconds)])
+    use()
+
+
+def answer(kind):
+    starts = [
+        lambda: threading.Thread(target=work, args=(random.uniform(0, 0.1),)).start(),
+        lambda: jobs.submit(work, random.uniform(0, 0.1)),
+        lambda: jobs.submit(lambda: threading.Thread(target=work, args=(random.uniform(0, 0.1),)).start()),
+        lambda: jobs.submit(child, random.uniform(0, 0.1)),
+        lambda: jobs.submit(lambda: None).add_done_callback(lambda _: use()),
+    ]
+    if LOOP:
+        starts.append(lambda: jobs.create_task(work_task(random.uniform(0, 0.1))))
+        starts.append(lambda: asyncio.ensure_future(work_task(random.uniform(0, 0.1))))
+    if kind:
+        for start in random.choices(starts, k=4):
+            start()
+    return kind
+
+
+"""
+ENDS = int(os.environ.get("TEST_ENDS", "6"))
+
+
+@pytest.mark.parametrize("worker", CLASSES)
+def test_the_callback_that_closes_what_jobs_use_never_comes_before_the_last_job(worker: str) -> None:
+    """TEST_ENDS (6) ends of workers; prints how long after its last job a worker has left."""
+    took: list[float] = []
+    with server(worker, f"LOOP = {worker in LOOPS}\n" + ENDS_OF_WORKERS, workers=2) as running:
+        while len(took) < ENDS:
+            eventually(lambda: len(_ready(running)) == 2, what="two workers")
+            for _ in range(4):
+                running.get("/work")
+            mark = running.mark()
+            left = _ends({pid: os.pidfd_open(pid) for pid in _ready(running)})
+            for pid in left:
+                running.wait_for("WorkerEnded", after=mark, worker=pid, reason="drained")
+            lines = [line.split() for line in said(running)]
+            (running.dir / "said.txt").unlink()
+            for pid, moment in left.items():
+                mine = [(what, float(at)) for what, owner, at in lines if int(owner) == pid]
+                assert [what for what, _ in mine] == ["used"] * (len(mine) - 1) + ["closed"]
+                took.append(moment - max([at for _, at in mine[:-1]], default=mine[-1][1]))
+        running.stop()
+        assert ended(running)["succeeded"] == ended(running)["accepted"]
+    took.sort()
+    print(
+        f"\n{worker}: {len(took)} ends, left after the last job: median {took[len(took) // 2]:.3f} s, "
+        f"95 % {took[int(len(took) * 0.95)]:.3f} s, worst {took[-1]:.3f} s; load {os.getloadavg()[0]:.1f}"
+    )
+
+
+def _ends(workers: dict[int, int]) -> dict[int, float]:
+    """Send TERM to each worker of pid and pidfd; when each has ended."""
+    found: dict[int, float] = {}
+    poll = select.poll()
+    for pid, descriptor in workers.items():
+        poll.register(descriptor, select.POLLIN)
+        os.kill(pid, signal.SIGTERM)
+    while len(found) < len(workers):
+        for descriptor, _ in poll.poll(60_000):
+            found[next(pid for pid, each in workers.items() if each == descriptor)] = time.monotonic()
+            poll.unregister(descriptor)
+            os.close(descriptor)
+    return found
+
+
 SERVICE = """
 @jobs.service
 def consume(token):
@@ -451,7 +554,7 @@ threading.excepthook = lambda args: None
 STOPS = int(os.environ.get("TEST_STOPS", "6"))
 
 
-@pytest.mark.parametrize("worker", CLASSES if STOPS > 6 else ["gracehooks.Worker", "gracehooks.UvicornWorker"])
+@pytest.mark.parametrize("worker", CLASSES if STOPS > 6 else [CLASSES[0], CLASSES[2], CLASSES[4]])
 def test_the_equation_holds_whatever_ends_a_worker(worker: str) -> None:
     """TEST_STOPS (6) ends of workers each, in a random order that TEST_ORDER (1) seeds; with more, all the classes."""
     chance = random.Random(int(os.environ.get("TEST_ORDER", "1")))

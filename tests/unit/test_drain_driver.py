@@ -15,7 +15,7 @@ from gracehooks import requests
 from gracehooks.deadline import Deadline
 from gracehooks.drain import cleanup, driver
 from gracehooks.drain.driver import Drain
-from gracehooks.jobs import tracker
+from gracehooks.jobs import threads, tracker
 from gracehooks.scoreboard import Order, Page, Phase, RequestInFlight
 from gracehooks.settings import Settings
 
@@ -234,6 +234,27 @@ def test_the_hammer_reports_and_is_bounded() -> None:
     assert drain.page.phase is Phase.ENDED
     assert report_of(drain)["reason"] == "SIGQUIT"
     assert drain._last_resort.armed[-1].left() < 0.5  # type: ignore[attr-defined]
+
+
+def test_the_report_is_written_before_the_hammer_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The killing takes turns of a hub, in which the greenlet that waits for the jobs finds none left."""
+    drain = make()
+    found = tracker.Tracker(drain.page, drain.settings)
+    monkeypatch.setattr(tracker, "_current", found)
+    seen: list[tuple[Phase, str]] = []
+
+    class Sweeper:
+        def adopt(self, tracker: Any, *, watch: bool = True) -> None:
+            pass
+
+        def kill(self, *, infrastructure: bool) -> None:
+            seen.append((drain.page.phase, report_of(drain)["jobs"][0]["name"]))
+
+    found.sweeper = Sweeper()  # type: ignore[assignment]
+    found.begin(threads.THREAD, "mail", threading.current_thread())
+    end_accepting(drain)
+    assert drain.hammer("SIGQUIT") == 1
+    assert seen == [(Phase.ENDED, "mail")]
 
 
 def test_the_hammer_on_an_idle_worker_loses_nothing() -> None:

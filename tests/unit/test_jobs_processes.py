@@ -218,6 +218,7 @@ def test_an_exit_by_force_counts_everything_and_leaves_no_process(found: Tracker
     children.append(subprocess.Popen(["sleep", "3600"]))
     lost = found.abandon()
     assert [each.name for each in lost] == ["sleep 3600", "sh -c"]
+    found.kill()
     assert [child.wait(60) for child in children] == [-9, -9, -9]
     assert balanced(found)["abandoned"] == 2
     assert found.abandon() == []
