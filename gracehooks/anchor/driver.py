@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from gracehooks import processes
 from gracehooks.anchor import family, kernel, launch, renewal
 from gracehooks.anchor.harbour import Berth, Harbour
-from gracehooks.anchor.lines import ADDRESS
+from gracehooks.anchor.lines import ADDRESS, KEPT
 from gracehooks.anchor.machine import (
     STOPS,
     Action,
@@ -59,7 +59,7 @@ LONGEST_SLEEP, POLL, MOST_WAITING = 60.0, 0.1, 64
 #: How long a rehearsal of the new files may take, in seconds.
 REHEARSAL = 20.0
 #: What concerns one process only: the command that we start is nobody's successor.
-NOT_INHERITED = ("GUNICORN_PID", "GUNICORN_FD", "GRACEHOOKS_HANDOVER", renewal.STATE)
+NOT_INHERITED = ("GUNICORN_PID", "GUNICORN_FD", "GRACEHOOKS_HANDOVER", renewal.STATE, KEPT)
 
 
 class Anchor:
@@ -206,10 +206,11 @@ class Anchor:
     def _start(self, instead_of: int) -> None:
         self.waiting.clear()
         sockets = self.harbour.fit_to_inherit() if instead_of else []
+        kept = {KEPT: self.harbour.keepsake} if instead_of and self.harbour.keepsake else {}
         try:
             pid = launch.launch(
                 self.command,
-                self.environ,
+                {**self.environ, **kept},
                 directory=self.directory,
                 signals=HANDLED,
                 mask=self.mask,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 from gracehooks import processes
 from gracehooks.anchor import family
-from gracehooks.anchor.lines import LISTENERS, MOST, SERVING
+from gracehooks.anchor.lines import KEEP, LISTENERS, MOST, SERVING
 from gracehooks.anchor.machine import Fact, Moored, Serving
 
 __all__ = ["Berth", "Harbour"]
@@ -40,6 +40,7 @@ class Berth:
     ) -> None:
         self.line, self.pid, self.started = line, pid, started
         self.fds, self.names = fds, names or []
+        self.keepsake = ""
 
 
 class Harbour:
@@ -50,6 +51,7 @@ class Harbour:
         self.berths: list[Berth] = []
         self.holding: list[int] = []
         self.names: list[str] = []
+        self.keepsake = ""  #: what the master that serves, or served last, has left for the next one
         self.own = own
 
     @classmethod
@@ -112,6 +114,8 @@ class Harbour:
                 continue
             for fd in fds:
                 os.close(fd)
+            if verb == KEEP:
+                berth.keepsake = rest
             if verb == SERVING:
                 yield Serving(berth.pid, _seconds(rest))
 
@@ -143,6 +147,8 @@ class Harbour:
     def hold(self, pid: int) -> bool:
         """Hold what master `pid` handed over, where it has; whether that is something new."""
         for berth in self.berths:
+            if berth.pid == pid:
+                self.keepsake = berth.keepsake or self.keepsake
             if berth.pid != pid or berth.fds is None or berth.fds is self.holding:
                 continue
             old = self.holding

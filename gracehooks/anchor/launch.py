@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterable, Mapping, Sequence
 
 from gracehooks.anchor import kernel
+from gracehooks.anchor.say import say
 
 __all__ = ["directory_to_start_in", "launch"]
 
@@ -98,7 +99,4 @@ def _become(
 
 
 def _complain(command: Sequence[str], error: BaseException) -> None:
-    try:
-        os.write(2, f"gracehooks: anchor: cannot start {command[0]}: {error}\n".encode("utf-8", "replace"))
-    except OSError:
-        pass
+    say(f"cannot start {command[0]}: {error}", "ERROR")

@@ -13,9 +13,9 @@ import socket
 from collections.abc import Iterable
 from typing import Protocol
 
-from gracehooks.anchor.lines import ADDRESS, LISTENERS, MOST, SERVING
+from gracehooks.anchor.lines import ADDRESS, KEEP, LISTENERS, MOST, SERVING
 
-__all__ = ["adrift", "anchored", "offer", "serving"]
+__all__ = ["adrift", "anchored", "keep", "offer", "serving"]
 
 _line: socket.socket | None = None
 
@@ -55,6 +55,11 @@ def serving(stop_budget: float | None = None) -> None:
     take it, in seconds; the anchor kills what is left a little later.
     """
     _say(SERVING if stop_budget is None else f"{SERVING} {stop_budget!r}", ())
+
+
+def keep(text: str) -> None:
+    """Let the anchor keep this text for the master that it starts when this one has died; the last one counts."""
+    _say(f"{KEEP} {text}", ())
 
 
 def adrift() -> bool:

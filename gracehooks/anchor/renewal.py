@@ -54,6 +54,7 @@ def carry(machine: Machine, harbour: Harbour, directory: str) -> str:
             "door": None if harbour.door is None else harbour.door.fileno(),
             "holding": harbour.holding,
             "names": harbour.names,
+            "keepsake": harbour.keepsake,
             "own": sorted(harbour.own),
             "berths": [[each.line.fileno(), each.pid, each.started, each.fds, each.names] for each in harbour.berths],
         }
@@ -75,10 +76,12 @@ def restore(text: str, *, rehearsal: bool = False) -> tuple[Machine, Harbour, st
     vars(machine).update(facts, phase=Phase(facts["phase"]), retired=set(facts["retired"]))
     berths = [(int(line), int(pid), int(started), fds, names) for line, pid, started, fds, names in said["berths"]]
     if rehearsal:
-        return machine, Harbour(None, set(said["own"])), said["directory"]
+        harbour = Harbour(None, set(said["own"]))
+        harbour.keepsake = said["keepsake"]
+        return machine, harbour, said["directory"]
     door = None if said["door"] is None else socket.socket(fileno=said["door"])
     harbour = Harbour(door, set(said["own"]))
-    harbour.holding, harbour.names = said["holding"], said["names"]
+    harbour.holding, harbour.names, harbour.keepsake = said["holding"], said["names"], said["keepsake"]
     for line, pid, started, fds, names in berths:
         same = harbour.holding if fds == harbour.holding and fds else fds
         harbour.berths.append(Berth(socket.socket(fileno=line), pid, started, same, names))

@@ -14,7 +14,7 @@ def say(text: str, level: str = "INFO") -> None:
         if os.environ.get("GRACEHOOKS_LOG", "").lower() == "json":
             import json  # only who wants it pays for it
 
-            facts = {"message": f"gracehooks: anchor: {text}", "level": level, "pid": os.getpid()}
+            facts = {"message": f"gracehooks: anchor: {text}", "level": level, "pid": os.getpid(), "at": time.time()}
             line = json.dumps(facts)
         else:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S %z")

@@ -17,6 +17,7 @@ from gunicorn.errors import HaltServer
 from gracehooks import events, processes, settings
 from gracehooks.anchor import mooring
 from gracehooks.gunicorn import listeners, pidfile
+from gracehooks.gunicorn.keepsake import Keepsake, take_keepsake
 from gracehooks.gunicorn.pool import Pool
 from gracehooks.gunicorn.predecessor import take_handover
 from gracehooks.gunicorn.reload import CohortHost
@@ -44,15 +45,16 @@ class Grace:
         self.arbiter = arbiter
         self.settings = settings.resolve()
         settings.adopt(self.settings)
-        handover = take_handover()
-        self.generation = handover.generation if handover else 1
+        handover, kept = take_handover(), take_keepsake()
+        self._before = handover or kept
+        self.generation = self._before.generation if self._before else 1
         self.speaker = Speaker(
             os.environ,
             successor=handover is not None,
             anchored="GRACEHOOKS_ANCHOR" in os.environ,
             boot=self.settings.ready_timeout,
         )
-        directory = self.settings.state_dir or (handover.state_dir if handover else None)
+        directory = self.settings.state_dir or (self._before.state_dir if self._before else None)
         if directory is None:
             directory = str(default_state_dir(arbiter.cfg.pidfile, os.getpid()))
         self.book = Book(Path(directory).absolute(), lambda text: arbiter.log.error("gracehooks: %s", text))
@@ -70,6 +72,7 @@ class Grace:
         self.finished = False  #: nothing is left to do: the loop ends
         self._born = time.monotonic()
         self._said: dict[str, Any] = {}
+        self._kept: Keepsake | None = None
 
     @property
     def is_successor(self) -> bool:
@@ -102,9 +105,9 @@ class Grace:
         arbiter.worker_class = attached(arbiter.worker_class)
         self.apply_budget()
         handover = self.takeover.handover
+        if self._before and self._before.workers != self._before.configured:
+            arbiter.num_workers = self._before.workers  # TTIN and TTOU outlive the upgrade, and a killed master
         if handover:
-            if handover.workers != handover.configured:
-                arbiter.num_workers = handover.workers  # TTIN and TTOU outlive the upgrade
             arbiter.systemd = arbiter.systemd or handover.systemd
             self.own = handover.own
             self.takeover.tell(say="hello", **self.pool.progress())
@@ -171,6 +174,8 @@ class Grace:
         if self.retiring and not self.arbiter.WORKERS and not self.speaker.holds:
             self.driver.workers_gone()
         self.pool.settle(now=self.finished)
+        if self._kept is not None:
+            self._keep()
         self.status.write()
         self.status.measure()
 
@@ -250,6 +255,15 @@ class Grace:
         """Give the listeners to the anchor, where there is one, and say that this master serves."""
         mooring.offer(self.arbiter.LISTENERS)
         mooring.serving(self.settings.stop_budget)
+        self._keep()
+
+    def _keep(self) -> None:
+        """Leave with the anchor what the next master must know if this one is killed."""
+        arbiter = self.arbiter
+        kept = Keepsake(self.generation + 1, arbiter.num_workers, arbiter.cfg.workers, str(self.book.directory))
+        if kept != self._kept:
+            self._kept = kept
+            mooring.keep(kept.text())
 
     # -- upgrade and reload --------------------------------------------------------------------------------------
     def upgrade(self, kind: str = "upgrade") -> None:

@@ -89,6 +89,25 @@ def test_upgrades_and_a_killed_master_lose_nothing(bind: str) -> None:
             assert not Path(server.address.path).exists()
 
 
+def test_what_a_killed_master_knew_outlives_it() -> None:
+    """Its generation and its TTIN; the history and the pidfile go on."""
+    with serving() as server:
+        anchor = server.process.pid
+        server.signal("TTIN", anchor)
+        eventually(lambda: len(server.workers()) == 3, what="one worker more")
+        assert upgrade(server)["event"] == "UpgradeCompleted"
+        eventually(server.history, what="the record of the upgrade")
+        mark, new = server.mark(), kill_master(server)
+        begun = server.wait_for("ServingStarted", after=mark)
+        assert (begun["generation"], begun["workers"], begun["pid"]) == (3, 3, new)
+        assert [each["kind"] for each in server.history()] == ["upgrade"]
+        eventually(lambda: server.status()["generation"] == 3, what="the status of the third generation")
+        assert len(server.workers()) == 3
+        assert upgrade(server)["generation"] == 3, "who says so is the old one"
+        eventually(lambda: server.status()["generation"] == 4, what="the status of the fourth generation")
+        assert stop(server) == 0
+
+
 def test_a_failed_upgrade_leaves_the_old_master_in_charge() -> None:
     with serving() as server:
         master = server.pid
@@ -406,9 +425,13 @@ def test_a_directory_that_is_a_symbolic_link_is_entered_anew(anchored: Anchored)
     anchored.wait_note("2")
 
 
-def test_it_speaks_json_when_asked(anchored: Anchored) -> None:
-    anchor = anchored.run("sys.exit(5)", GRACEHOOKS_LOG="json")
-    assert anchor.wait(60) == 5
+@pytest.mark.parametrize(("command", "code"), [(None, 5), (["no-such-command"], 127)])
+def test_it_speaks_json_when_asked(anchored: Anchored, command: list[str] | None, code: int) -> None:
+    anchor = anchored.run("sys.exit(5)", command=command, GRACEHOOKS_LOG="json")
+    assert anchor.wait(60) == code
     lines = [json.loads(line) for line in anchored.log.splitlines()]
     assert lines[-1]["level"] == "ERROR"
-    assert all(line["pid"] == anchor.pid and line["message"].startswith("gracehooks: anchor: ") for line in lines)
+    assert all(line["message"].startswith("gracehooks: anchor: ") and line["at"] > 1e9 for line in lines)
+    assert sum(line["pid"] != anchor.pid for line in lines) == (command is not None), (
+        "what could not be started says why"
+    )

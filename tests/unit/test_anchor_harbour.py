@@ -11,8 +11,9 @@ import pytest
 
 from gracehooks.anchor import family, mooring, renewal
 from gracehooks.anchor.harbour import Harbour
-from gracehooks.anchor.lines import ADDRESS
+from gracehooks.anchor.lines import ADDRESS, KEPT
 from gracehooks.anchor.machine import Fact, Machine, Moored, Phase, Serving
+from gracehooks.gunicorn.keepsake import Keepsake, take_keepsake
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="abstract sockets and /proc are Linux's")
 
@@ -88,6 +89,27 @@ def test_what_a_dead_master_handed_over_is_held_until_the_next_has_its_own(
     heard(harbour)
     assert harbour.hold(os.getpid())
     assert harbour.holding == []
+
+
+def test_what_a_master_says_of_itself_is_kept_beyond_its_end(harbour: Harbour) -> None:
+    me = os.getpid()
+    left = Keepsake(generation=8, workers=3, configured=2, state_dir="/run/a b")
+    mooring.keep("older")
+    mooring.keep(left.text())
+    heard(harbour)
+    harbour.hold(me + 1)
+    assert harbour.keepsake == "", "another one serves"
+    harbour.hold(me)
+    _, again, _ = renewal.restore(renewal.carry(Machine(), harbour, "/"), rehearsal=True)
+    assert again.keepsake == harbour.keepsake
+    assert mooring._line is not None
+    mooring._line.close()
+    heard(harbour)
+    os.environ[KEPT] = harbour.keepsake
+    assert take_keepsake() == left
+    assert KEPT not in os.environ
+    os.environ[KEPT] = "{}"
+    assert take_keepsake() is None
 
 
 def test_sockets_of_one_that_never_serves_are_let_go(harbour: Harbour, listener: socket.socket) -> None:
