@@ -6,11 +6,11 @@ TEST_UPGRADES and TEST_REQUESTS enlarge it (the promise is 50 upgrades and 100,0
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
 from tests.kit import Server, eventually, load, serve
+from tests.kit.footprint import footprint
 
 UPGRADES = int(os.environ.get("TEST_UPGRADES", "4"))
 REQUESTS = int(os.environ.get("TEST_REQUESTS", "1500"))
@@ -27,32 +27,6 @@ def upgrade(server: Server) -> None:
     server.wait_gone(master)
     assert server.pid == verdict["successor"]
     assert set(server.processes()) == {server.pid, *server.workers()}
-
-
-def footprint(server: Server) -> dict[str, list[int]]:
-    """Descriptors but for client connections, bytes of environment, KiB of memory: master first, then workers."""
-    found: dict[str, list[int]] = {"descriptors": [], "environment": [], "memory": []}
-    for pid in [server.pid, *server.workers()]:
-        ours = _sockets_of_ours(pid)
-        kept = 0
-        for each in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                link = os.readlink(each)
-            except OSError:
-                continue  # closed while we looked
-            kept += not link.startswith("socket:[") or link[8:-1] in ours
-        found["descriptors"].append(kept)
-        found["environment"].append(len(Path(f"/proc/{pid}/environ").read_bytes()))
-        rollup = Path(f"/proc/{pid}/status").read_text()
-        found["memory"].append(int(rollup.split("VmRSS:")[1].split()[0]))
-    return found
-
-
-def _sockets_of_ours(pid: int) -> set[str]:
-    """The inodes of unix sockets and of TCP sockets that listen: whatever else is a socket is a client's connection."""
-    unix = {line.split()[6] for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]}
-    tcp = (line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:])
-    return unix | {fields[9] for fields in tcp if fields[3] == "0A"}
 
 
 def test_successive_upgrades_under_mixed_load_lose_nothing_and_grow_nothing():
