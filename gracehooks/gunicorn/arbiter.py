@@ -84,9 +84,12 @@ class GracefulArbiter:
         self.grace.stop.sweep(graceful)
 
     def _start_control_server(self) -> None:
-        """A successor has no control socket before it is promoted: the path is the old master's."""
+        """A successor has no control socket before it is promoted: the path is the old master's.
+
+        gunicorn starts it after the first turn, in which a successor may have been promoted already: there is one only.
+        """
         start = getattr(super(), "_start_control_server", None)  # gunicorn 25 and newer
-        if start is not None and not self.grace.is_successor:
+        if start is not None and not self.grace.is_successor and getattr(self, "_control_server", None) is None:
             start()
 
     def _stop_control_server(self) -> None:

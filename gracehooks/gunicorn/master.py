@@ -248,6 +248,10 @@ class Grace:
         """This master serves, and nobody before it: let everyone know."""
         seconds = round(time.monotonic() - self._born, 3)
         events.publish(events.ServingStarted(**self.identity(), workers=self.arbiter.num_workers, seconds=seconds))
+        self.take_charge()
+
+    def take_charge(self) -> None:
+        """Commands and the anchor find this master from now on."""
         self.book.register(os.getpid())
         self.moor()
 
@@ -324,7 +328,5 @@ class Grace:
             except OSError as error:
                 arbiter.log.error("gracehooks: cannot write the pidfile (%s); the server serves on", error)
             pidfile.unlink_second(arbiter)
-        self.moor()
-        if getattr(arbiter, "_control_server", None) is None:
-            arbiter._start_control_server()
-        self.book.register(os.getpid())
+        arbiter._start_control_server()
+        self.take_charge()

@@ -142,7 +142,10 @@ class Takeover:
         util._setproctitle(f"master [{arbiter.proc_name}]")
         arbiter._start_control_server()
         events.publish(events.MasterPromoted(**master.identity(), reason=reason))
-        master.now_serving()
+        if master.served:
+            master.now_serving()
+        else:
+            master.take_charge()  # it serves once its workers are ready
         master.status.write(now=True)
 
     def look_at_name(self) -> None:

@@ -88,7 +88,7 @@ class Client(threading.Thread):
                     self.book.note(record, bad.outcome, bad.detail)
                 if bad.outcome == REFUSED:
                     self.book.ended.wait(RETRY)
-            except Exception as error:  # noqa: BLE001 - an answer that is no HTTP is a wrong one
+            except Exception as error:
                 self.drop()
                 self.book.note(record, WRONG, repr(error))
             if self.kind == "stuck":

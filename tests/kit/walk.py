@@ -321,12 +321,14 @@ class Walk:
             self.stop("TERM" if what == "stop" else "INT")
 
     def verdict(self, mark: int, master: int) -> dict[str, Any]:
-        """The first verdict after `mark`; empty when the master is gone before it."""
+        """The verdict on what began after `mark`, or the refusal; no event when the master is gone before it."""
 
         def found() -> dict[str, Any] | None:
             gone = not alive(master)
-            for each in self.server.events()[mark:]:
-                if each["event"] in VERDICTS and each["pid"] == master:
+            mine = [each for each in self.server.events()[mark:] if each["pid"] == master]
+            begun = next((each["id"] for each in mine if each["event"] == "UpgradeStarted"), None)
+            for each in mine:
+                if each["event"] in VERDICTS and begun in (each["id"], None):
                     return each
             return {"reason": "the master is gone"} if gone else None
 
@@ -420,7 +422,9 @@ class Walk:
                 eventually(lambda: not self.server.processes(), 20, "the end of the orphans")
                 self.start_again()
             if time.monotonic() > until:
-                raise Late(f"one serving generation; status {self.server.status()}, processes {self.server.processes()}")
+                raise Late(
+                    f"one serving generation; status {self.server.status()}, processes {self.server.processes()}"
+                )
             time.sleep(0.05)
 
     def start_again(self) -> None:
@@ -494,7 +498,9 @@ class Walk:
             name, outcome = record["name"], record["outcome"]
             found.sent += 1
             reported = reports.pop(name, None)
-            interrupted = outcome == "wrong_status" and record["detail"].startswith("500")  # gunicorn's sync worker does
+            interrupted = outcome == "wrong_status" and record["detail"].startswith(
+                "500"
+            )  # gunicorn's sync worker does
             if outcome == "ok" or (interrupted and self._explained(record)):
                 found.answered += 1
                 if reported:

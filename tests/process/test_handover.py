@@ -279,3 +279,21 @@ def test_the_users_hooks_still_run():
         log = server.log()
         for each, times in (("on_starting", 2), ("when_ready", 2), ("child_exit", 6), ("on_exit", 2), ("on_reload", 1)):
             assert log.count(f"their {each}") == times, each
+
+
+def test_a_successor_whose_old_master_is_killed_while_it_boots_serves_when_it_is_ready_and_once():
+    with serve(workers=1, leftovers=True) as server:
+        descriptors = len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
+        old = server.pid
+        server.signal("USR2")
+        new = server.wait_for("UpgradeStarted")["successor"]
+        server.signal("KILL", old)
+        promoted = server.wait_for("MasterPromoted", pid=new)
+        assert promoted["reason"] == "the old master died"
+        serving = server.wait_for("ServingStarted", pid=new)
+        assert server.wait_for("WorkerReady", pid=new)["n"] < serving["n"]
+        eventually(lambda: set(server.processes()) == {new, *server.workers(new)}, what="the end of the old workers")
+        assert server.get("/fast").status == 200
+        # One control socket, not one from the promotion and one from gunicorn's start.
+        eventually(lambda: len(list(Path(f"/proc/{new}/fd").iterdir())) == descriptors, what="the same descriptors")
+        assert [each["event"] for each in server.events() if each["pid"] == new].count("ServingStarted") == 1

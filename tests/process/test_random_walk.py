@@ -60,7 +60,9 @@ def test_a_random_walk_accounts_for_every_request(worker: str):
         try:
             walk.go(SECONDS)
         except BaseException as error:
-            error.args = (f"{error}\nTEST_SEED={seed} TEST_WALK_SECONDS={SECONDS:g}, {worker}:\n" + "\n".join(walk.story),)
+            error.args = (
+                f"{error}\nTEST_SEED={seed} TEST_WALK_SECONDS={SECONDS:g}, {worker}:\n" + "\n".join(walk.story),
+            )
             raise
         traffic.stop()
         account = walk.account()
