@@ -43,6 +43,8 @@ if (__import__("pathlib").Path(__file__).parent / "broken-config").exists():
 WORKERS = 2
 #: How much later than the end of its worker a client may see the end of its request, in seconds (a busy machine).
 SLACK = 1.5
+#: How long a worker may lack a processor between an answer and the store that says so, in seconds (a busy machine).
+UNTOLD = 0.5
 #: How long before the master's word a worker that was forced to end may have let go of its connections, in seconds.
 FORCING = 2.0
 
@@ -158,12 +160,12 @@ class Violence:
     #: A stop in good order: it may refuse, and loses nothing.
     gentle: bool = False
 
-    def explains(self, record: dict[str, Any]) -> bool:
-        """Whether it can have cost this request."""
+    def explains(self, record: dict[str, Any], before: float = 0.0) -> bool:
+        """Whether it can have cost this request; one that ended up to `before` seconds earlier as well."""
         return (
             not self.gentle
             and (self.pid == 0 or record["pid"] in (0, self.pid))
-            and self.began <= record["ended"] <= self.ended + SLACK
+            and self.began - before <= record["ended"] <= self.ended + SLACK
             and record["begun"] <= self.ended
         )
 
@@ -207,7 +209,7 @@ class Walk:
         self.footprints: list[dict[str, list[int]]] = []
         self.began = time.monotonic()
         self._masters: set[int] = {server.pid}
-        self._stuck = 0
+        self._stuck = self._heard = 0
         self._master_killed = 0.0
 
     # -- the story ---------------------------------------------------------------------------------------------------
@@ -230,6 +232,7 @@ class Walk:
                 self.settle()
             self.pause(self.chance.uniform(0, 0.5))
         self.settle()
+        self.pause(0.5)
         while self.wanted != WORKERS:
             self.workers_by(WORKERS - self.wanted)
             self.settle()
@@ -288,8 +291,6 @@ class Walk:
         (server.dir / file).unlink(missing_ok=True)
         event = verdict.get("event", "")
         self.tell(f"  {how}{f' ({broken})' if broken else ''}: {event or 'no verdict'} {verdict.get('reason', '')}")
-        if event == "UpgradeCompleted" and verdict["kind"] == "reload":
-            self.wanted = WORKERS
         if event == "UpgradeCompleted" and broken:
             raise AssertionError(f"a broken release was taken for a good one: {verdict}")
         draining = "draining" in verdict.get("reason", "") or "under way" in verdict.get("reason", "")
@@ -447,6 +448,10 @@ class Walk:
 
     def _settled(self) -> bool:
         server = self.server
+        for each in server.events()[self._heard :]:
+            self._heard += 1
+            if each["event"] == "UpgradeCompleted" and each["kind"] == "reload":
+                self.wanted = WORKERS  # what the configuration says, as with gunicorn itself
         try:
             pid = server.pid
             status = server.status()
@@ -504,12 +509,11 @@ class Walk:
             if outcome == "ok" or (interrupted and self._explained(record)):
                 found.answered += 1
                 if reported:
-                    forced = [each for each in self.violence if each.explains(record)]
-                    if forced:
+                    if any(each.explains(record, UNTOLD) for each in self.violence):
                         found.late_reports += 1
                     else:
                         problem(f"reported as lost, and answered: {record} {reported}")
-            elif reported:
+            elif reported is not None:
                 found.reported += 1
                 if len(reported) > 1:
                     problem(f"reported more than once: {record} {reported}")

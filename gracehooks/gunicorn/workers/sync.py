@@ -156,12 +156,17 @@ class SyncWorker(Drained, sync.SyncWorker):
         return found
 
     def handle_request(self, listener: Any, req: Any, client: Any, addr: Any) -> None:
-        """One request, from parsed to answered."""
+        """One request, from parsed to answered; one that the hammer interrupts stays on the page, also if gunicorn says 500."""
         slot = self.drain.begin(req.method, req.path, self._thread)
+        interrupted = False
         try:
             super().handle_request(listener, req, client, addr)
+        except BaseException:
+            interrupted = self.drain.hammered
+            raise
         finally:
-            self.drain.end(slot)
+            if not interrupted:
+                self.drain.end(slot)
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
         if self.drain.leaving or (CLOSES_AT_ONCE and (unread_body(req) or unread(client))):
