@@ -94,12 +94,12 @@ async def until(condition):
     raise AssertionError("it did not come")
 
 
-def with_connection(application, scenario):
+def with_connection(application, scenario, protocol_class=None):
     """Run `scenario(worker, protocol, transport)` on a connection of our protocol."""
 
     async def run():
         worker = Worker(application)
-        protocol = worker.protocol_class(worker)
+        protocol = (protocol_class or worker.protocol_class)(worker)
         transport = Transport()
         protocol.connection_made(transport)
         await asyncio.sleep(0)
@@ -248,10 +248,87 @@ def test_a_leaving_connection_announces_its_close_and_keeps_one_whose_answer_had
     with_connection(application, scenario)
 
 
+REQUESTS = (
+    GET,
+    b"GET /a%20b/%C3%A9?q=%20c&d HTTP/1.1\r\nHost: x\r\nX-Two: 1\r\nX-Two: 2\r\nX-Forwarded-Proto: https\r\n\r\n",
+    b"POST /? HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi",
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET http://elsewhere/a?b HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"HEAD //a;b HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+)
+
+
 @newest
-def test_the_scope_says_a_version_that_can_be_changed_in_one_place():
-    assert "2.4" in ASGIProtocol._build_http_scope.__code__.co_consts
-    assert ASGIProtocol._build_http_scope.__code__.co_consts.count("2.4") == 1
+def test_the_scopes_that_are_made_here_are_gunicorns_with_another_version():
+    found = {}
+
+    async def application(scope, receive, send):
+        found.setdefault(protocol_class, []).append(scope)
+        await app(scope, receive, send)
+
+    async def scenario(worker, protocol, transport):
+        worker.state["began"] = 1
+        for number, request in enumerate(REQUESTS, 1):
+            protocol.data_received(request)
+            await until(lambda count=number: len(found.get(protocol_class, ())) == count and protocol._awaiting_request)
+
+    for protocol_class in (ours.Protocol, None):
+        with_connection(application, scenario, protocol_class)
+    theirs, mine = found[ours.Protocol], found[None]
+    assert {each["asgi"]["spec_version"] for each in theirs} == {"2.4"}
+    for each in theirs:
+        each["asgi"]["spec_version"] = ours.SPEC_VERSION
+    assert mine == theirs
+    assert theirs[0].keys() == ours.SCOPE
+    assert mine[0]["state"] is not mine[1]["state"]
+
+
+@newest
+def test_a_scope_with_more_in_it_than_we_know_stays_gunicorns(monkeypatch):
+    build = ASGIProtocol._build_http_scope
+    monkeypatch.setattr(ASGIProtocol, "_build_http_scope", lambda *args: {**build(*args), "extensions": {"new": {}}})
+    found = []
+
+    async def application(scope, receive, send):
+        found.append((scope["asgi"]["spec_version"], scope["extensions"]))
+        await app(scope, receive, send)
+
+    async def scenario(worker, protocol, transport):
+        for number in (1, 2):
+            protocol.data_received(GET)
+            await until(lambda count=number: len(found) == count and protocol._awaiting_request)
+
+    with_connection(application, scenario)
+    assert found == [("2.3", {"new": {}})] * 2
+
+
+@newest
+def test_a_connection_is_not_idle_while_a_call_goes_on_after_its_answer():
+    gate = None
+
+    async def application(scope, receive, send):
+        await app(scope, receive, send)
+        if gate is not None:
+            await gate.wait()
+
+    async def scenario(worker, protocol, transport):
+        nonlocal gate
+        protocol.data_received(GET)
+        await until(lambda: protocol._awaiting_request and protocol._keepalive_handle is not None)
+        gate = asyncio.Event()
+        protocol.data_received(GET)
+        await until(lambda: protocol._awaiting_request and protocol._finishing_calls)
+        protocol._idle_since = 0.0
+        protocol._look_if_idle()  # the timer of the first wait comes
+        assert not protocol._closed
+        assert protocol._keepalive_handle is None
+        gate.set()
+        await until(lambda: protocol._keepalive_handle is not None)
+        protocol._idle_since = 0.0
+        protocol._look_if_idle()
+        assert protocol._closed
+
+    with_connection(application, scenario)
 
 
 @newest

@@ -20,7 +20,6 @@ import struct
 import time
 import weakref
 from collections.abc import Iterable, Mapping
-from types import FunctionType
 from typing import Any
 
 import gunicorn
@@ -54,6 +53,12 @@ CLOSE = (b"connection", b"close")
 GOAWAY_AFTER = 1.0
 SERVICE_RESTART = 1012
 
+
+#: The version of ASGI over HTTP that a scope names, and its keys, as gunicorn makes them.
+SPEC_VERSION = "2.3"
+SCOPE = frozenset(
+    "type asgi http_version method scheme path raw_path query_string root_path headers server client state".split()
+)
 
 #: Whether gunicorn is one whose protocol serves each request in a task of its own (27).
 TASK_PER_REQUEST = hasattr(ASGIProtocol, "_serve_http_request")
@@ -155,8 +160,11 @@ def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
         _reading_paused: bool
         _keepalive: float
         _keepalive_handle: Any
-        #: Since when the connection is idle, in the loop's time.
-        _idle_since: float | None = None
+        #: Since when the connection is idle, in the loop's time; means something while it awaits a request.
+        _idle_since = 0.0
+        #: What stays the same in the scopes of this connection, once gunicorn's has shown that we know its keys: the client
+        #: as gunicorn gives it, and `server`, `client` and `root_path`.
+        _known: tuple[Any, Any, Any, Any] | None = None
 
         def _arm_keepalive_timer(self) -> None:
             # A timer for each request is much; one for each connection looks, when it comes, how long it has been idle.
@@ -166,35 +174,29 @@ def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
 
         def _look_if_idle(self) -> None:
             self._keepalive_handle = None
-            since = self._idle_since
-            if since is None or self._closed:
-                return
-            left = since + self._keepalive - clock()
+            if not self._awaiting_request or self._finishing_calls or self._closed:
+                return  # the next answer, or the end of the last call, arms it again
+            left = self._idle_since + self._keepalive - clock()
             if left > 0:
                 self._keepalive_handle = call_later(left, self._look_if_idle)
             else:
                 self._keepalive_timeout()
 
         def _cancel_keepalive_timer(self) -> None:
-            # Called once a request was read, before it is served; and when the connection is lost.
-            self._idle_since = None
+            # Called once a request was read, before it is served; and when the connection is closed or lost.
             request: Any = self._current_request
-            if self._closed:
+            if request is None or self._closed:
                 if self._keepalive_handle is not None:
                     self._keepalive_handle.cancel()
                     self._keepalive_handle = None
                 return
-            if request is None:
-                return
-            slot = self.slot
-            if slot is not None:
-                self.end()
             path = request.path
             try:
-                self.slot = slot = pop()
+                slot = pop()
             except IndexError:
                 self.slot = begin(request.method, path)
                 return
+            self.slot = slot
             entry = entries[slot]
             if entry[0] != path or entry[1] != request.method:
                 name(slot, request.method, path)
@@ -218,13 +220,35 @@ def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
                 memory[slot] = 0
                 append(slot)
 
-    # gunicorn's `send` over HTTP/1 is silent when the client has gone, where ASGI 2.4 promises an error. As ASGI 2.3,
-    # frameworks listen in `receive`, and learn of a drain there as well. The version is a constant of this method.
-    stock = ASGIProtocol._build_http_scope
-    constants = tuple("2.3" if each == "2.4" else each for each in stock.__code__.co_consts)
-    Counting._build_http_scope = FunctionType(
-        stock.__code__.replace(co_consts=constants), stock.__globals__, stock.__name__
-    )
+        def _build_http_scope(self, request: Any, sockname: Any, peername: Any) -> dict[str, Any]:
+            # gunicorn's `send` over HTTP/1 is silent when the client has gone, where ASGI 2.4 promises an error. As ASGI
+            # 2.3, frameworks listen in `receive`, and learn of a drain there as well. The first scope of a connection is
+            # gunicorn's; when it has the keys that we know, the next ones are made here, which is quicker than to mend
+            # them.
+            known = self._known
+            if known is None or known[0] is not peername:
+                scope: dict[str, Any] = super()._build_http_scope(request, sockname, peername)
+                scope["asgi"]["spec_version"] = SPEC_VERSION
+                if scope.keys() == SCOPE:
+                    self._known = (peername, scope["server"], scope["client"], scope["root_path"])
+                return scope
+            version, query = request.version, request.query
+            return {
+                "type": "http",
+                "asgi": {"version": "3.0", "spec_version": SPEC_VERSION},
+                "http_version": "1.1" if version == (1, 1) else f"{version[0]}.{version[1]}",
+                "method": request.method,
+                "scheme": request.scheme,
+                "path": request.path,
+                "raw_path": request.raw_path or b"",
+                "query_string": query.encode("latin-1") if query else b"",
+                "root_path": known[3],
+                "headers": request.headers_bytes.copy(),
+                "server": known[1],
+                "client": known[2],
+                "state": self.worker.state.copy(),
+            }
+
     return Counting
 
 
