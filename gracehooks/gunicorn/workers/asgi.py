@@ -56,9 +56,10 @@ SERVICE_RESTART = 1012
 
 #: The version of ASGI over HTTP that a scope names, and its keys, as gunicorn makes them.
 SPEC_VERSION = "2.3"
-SCOPE = frozenset(
-    "type asgi http_version method scheme path raw_path query_string root_path headers server client state".split()
-)
+SCOPE = {
+    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
+    "server", "client", "state",
+}  # fmt: skip
 
 #: Whether gunicorn is one whose protocol serves each request in a task of its own (27).
 TASK_PER_REQUEST = hasattr(ASGIProtocol, "_serve_http_request")
