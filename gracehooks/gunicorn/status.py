@@ -57,6 +57,7 @@ class Status:
         if not now and (self._written == (coarse, workers) or (not changed and moment - self._at < AT_MOST_EVERY)):
             return
         self._written, self._at = (coarse, workers), moment
+        masters = {os.getpid(), *(pid for _, pid in draining)}  # each of them is a child of the one before it
         master.book.write_status(
             {
                 "generation": master.generation,
@@ -64,7 +65,11 @@ class Status:
                 "state": state,
                 "stop_budget": master.settings.stop_budget,
                 "draining": [
-                    {"generation": generation, "master_pid": pid, "workers": len(processes.children_of({pid}))}
+                    {
+                        "generation": generation,
+                        "master_pid": pid,
+                        "workers": len(processes.children_of({pid}) - masters),
+                    }
                     for generation, pid in draining
                 ],
                 "workers": [

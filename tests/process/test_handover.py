@@ -253,7 +253,9 @@ def test_several_old_generations_may_drain_up_to_the_limit():
         verdict = server.upgrade()
         assert verdict["event"] == "UpgradeRefused", verdict
         assert "2 older generations" in verdict["reason"]
-        assert len(server.status()["draining"]) == 2
+        draining = server.status()["draining"]
+        assert len(draining) == 2
+        assert all(1 <= each["workers"] <= 2 for each in draining), "a successor is a child, and no worker"
         (server.dir / "go").touch()
         for each in threads:
             each.join(60)
