@@ -504,7 +504,7 @@ def parser() -> argparse.ArgumentParser:
     target = argparse.ArgumentParser(add_help=False)
     one = target.add_mutually_exclusive_group()
     one.add_argument("--pidfile", metavar="FILE", help="the instance with this pidfile")
-    one.add_argument("--pid", metavar="N", type=int, help="the instance of this master")
+    one.add_argument("--pid", metavar="N", type=int, help="the instance of this master, or of this anchor")
     one.add_argument(
         "--state-dir",
         metavar="DIR",

@@ -206,8 +206,8 @@ def _by_pid(pid: int) -> Instance:
                 return instance
     for instance in running():
         master = instance.master()
-        if master is not None and master[0] == pid:
-            return instance
+        if master is not None and (master[0] == pid or pid in processes.ancestors(master[0])):
+            return instance  # the pid may be the anchor's, which is all that a supervisor knows
     if not processes.alive(pid):
         raise NoSuchInstance(f"there is no process {pid}")
     raise NoSuchInstance(

@@ -11,6 +11,7 @@ import signal
 
 __all__ = [
     "alive",
+    "ancestors",
     "children_of",
     "describe_status",
     "exit_status",
@@ -69,6 +70,15 @@ def children_of(pids: set[int]) -> set[int]:
             stat = _stat(int(name))
             if stat is not None and stat[1] in pids:
                 found.add(int(name))
+    return found
+
+
+def ancestors(pid: int) -> list[int]:
+    """The parents of a process, the nearest first, but for PID 1 where that is not the only one."""
+    found: list[int] = []
+    while (stat := _stat(pid)) is not None and stat[1] > 0 and stat[1] not in found:
+        pid = stat[1]
+        found.append(pid)
     return found
 
 

@@ -129,6 +129,8 @@ class Program:
     name: str
     values: Mapping[str, str] = field(default_factory=dict)
     command: Command = field(default_factory=lambda: Command(""))
+    #: The words of command= and environment= that are another in each of the program's processes (numprocs).
+    numbered: frozenset[str] = frozenset()
 
     def flag(self, key: str, default: bool = False) -> bool:
         """A yes or no, as supervisord reads it."""

@@ -43,12 +43,26 @@ def parse(text: str, name: str | None = None, here: str = ".") -> Program:
 
 
 def _program(name: str, values: dict[str, str], here: str) -> Program:
-    known = {"here": here, "program_name": name, "group_name": name, "process_num": "0", "numprocs": "1"}
-    expanded = {
-        key: re.sub(r"%\((\w+)\)[sd]", lambda found: known.get(found[1], found[0]), " ".join(value.split()))
-        for key, value in values.items()
-    }
-    return Program(name, expanded, commands.from_text(expanded.get("command", "")))
+    known = {"here": here, "program_name": name, "group_name": name, "numprocs": values.get("numprocs", "1")}
+    first, second = _expanded(values, {**known, "process_num": "0"}), _expanded(values, {**known, "process_num": "1"})
+    numbered = _words(first) - _words(second)
+    return Program(name, first, commands.from_text(first.get("command", "")), frozenset(numbered))
+
+
+def _expanded(values: dict[str, str], known: dict[str, str]) -> dict[str, str]:
+    def expand(found: re.Match[str]) -> str:
+        value = known.get(found[1])
+        if value is None or (found[2] != "s" and not value.isdigit()):
+            return found[0]
+        return value if found[2] == "s" else f"%{found[2]}" % int(value)
+
+    return {key: re.sub(r"%\((\w+)\)([0-9]*[sd])", expand, " ".join(value.split())) for key, value in values.items()}
+
+
+def _words(values: dict[str, str]) -> set[str]:
+    """The words of the command and of the environment, each value by itself."""
+    text = values.get("command", "") + " " + values.get("environment", "")
+    return {each for each in re.split(r"[\s,=\"']+", text) if each}
 
 
 def environment(program: Program) -> dict[str, str]:

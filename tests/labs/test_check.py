@@ -240,6 +240,14 @@ SYSTEMD = {
         ["systemd-read-only"],
     ),
     "environment": ({"Environment": "GRACEHOOKS_DRAIN_TIMEOUT=x"}, ["config-unreadable"]),
+    "private-tmp": (
+        {"PrivateTmp": "true", "ExecStart": f"{sys.prefix}/bin/gunicorn -k gracehooks.Worker -c python:email app:app"},
+        ["systemd-private-tmp", "ready-path-missing"],
+    ),
+    "runtime-directory": (
+        {"RuntimeDirectory": "app", "ExecStart": f"{sys.prefix}/bin/gunicorn --pid /run/app/app.pid app:app"},
+        ["systemd-runtime-directory"],
+    ),
 }
 
 
@@ -250,6 +258,8 @@ def test_a_sound_unit_is_clean(shelf, capsys):
     assert found(capsys, "--unit", unit(shelf, **sealed)) == []
     bash = "/bin/bash -c 'cd . && gunicorn app:app'"  # bash replaces itself
     assert found(capsys, "--unit", unit(shelf, ExecStart=bash)) == []
+    anchored = f"{sys.prefix}/bin/gracehooks run -- {sys.prefix}/bin/gunicorn app:app"
+    assert found(capsys, "--unit", unit(shelf, ExecStart=anchored, ExecStop=None)) == [], "the anchor is waited for"
 
 
 @pytest.mark.parametrize(("changes", "codes"), SYSTEMD.values(), ids=SYSTEMD)
@@ -278,12 +288,23 @@ SUPERVISORD = {
     "kill-group": ({"stopasgroup": "true", "killasgroup": "false"}, ["supervisord-kill-group"]),
     "no-restart": ({"autorestart": "false"}, ["supervisord-restart"]),
     "daemon": ({"command": "gracehooks run -- gunicorn --daemon app:app"}, ["daemon"]),
+    "numprocs": ({"numprocs": "2", "process_name": "app_%(process_num)02d"}, ["supervisord-numprocs"]),
+    "numprocs-state": (
+        {
+            "numprocs": "2",
+            "command": "gracehooks run -- gunicorn --pid app%(process_num)d.pid app:app",
+            "environment": "GRACEHOOKS_STATE_DIR=/run",
+        },
+        ["supervisord-numprocs"],
+    ),
 }
 
 
 def test_a_sound_section_is_clean(shelf, capsys):
     assert found(capsys, "--supervisor", section(shelf)) == []
     assert found(capsys, "--supervisor", section(shelf, stopasgroup="true")) == []
+    many = "gracehooks run -- gunicorn --pid app-%(process_num)02d.pid -b 127.0.0.1:80%(process_num)02d app:app"
+    assert found(capsys, "--supervisor", section(shelf, numprocs="4", command=many)) == []
 
 
 @pytest.mark.parametrize(("changes", "codes"), SUPERVISORD.values(), ids=SUPERVISORD)
@@ -312,7 +333,13 @@ def put(values, **changes):
     values.update(changes)
 
 
+def proxied(pod, **lifecycle):
+    pod["containers"].append({"name": "front", "image": "docker.io/nginx:1.27-alpine", **lifecycle})
+
+
 KUBERNETES = {
+    "proxy": (lambda _, pod, c: proxied(pod), ["kubernetes-proxy-leaves"]),
+    "proxy-that-waits": (lambda _, pod, c: proxied(pod, lifecycle={"preStop": {"sleep": {"seconds": 10}}}), []),
     "grace-period-default": (lambda _, pod, c: pod.pop("terminationGracePeriodSeconds"), ["kubernetes-grace-period"]),
     "grace-period-pre-stop": (
         lambda _, pod, c: put(c, lifecycle={"preStop": {"exec": {"command": ["sh", "-c", "sleep 15"]}}}),

@@ -49,7 +49,9 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Systemd]:
 class Site:
     """The example's service, in a directory of its own; with a `reload_signal` it is Type=notify-reload."""
 
-    def __init__(self, machine: Systemd, directory: Path, *, sockets: bool, reload_signal: str = "") -> None:
+    def __init__(
+        self, machine: Systemd, directory: Path, *, sockets: bool, reload_signal: str = "", anchored: bool = False
+    ) -> None:
         self.machine, self.dir = machine, directory
         self.path = directory / "site.sock"
         self.address = Address("unix", path=str(self.path))
@@ -72,6 +74,10 @@ class Site:
         if reload_signal:
             unit = unit.replace("Type=notify", f"Type=notify-reload\nReloadSignal={reload_signal}")
             unit = "".join(line for line in unit.splitlines(keepends=True) if not line.startswith("ExecReload="))
+        if anchored:
+            unit = unit.replace(f"ExecStart={GUNICORN}", f"ExecStart={GRACEHOOKS} run -- {GUNICORN}")
+            unit = unit.replace("--pidfile /run/gunicorn/gunicorn.pid", "--pid $MAINPID")
+            unit = "".join(line for line in unit.splitlines(keepends=True) if not line.startswith("ExecStop="))
         if not sockets:
             unit = unit.replace("Requires=gunicorn.socket\n", "").replace("After=gunicorn.socket ", "After=")
         (machine.units / "gunicorn.service").write_text(unit)
@@ -261,6 +267,36 @@ def test_an_old_master_that_serves_again_is_followed_again(site: Site) -> None:
     site.text_becomes("^Generation 1 serves.*taken back")
     machine.do("stop", "gunicorn.service")
     assert site.show("Result")["Result"] == "success"
+
+
+def test_with_the_anchor_the_main_process_stays(machine: Systemd, tmp_path: Path) -> None:
+    """Also without ExecStop=: the anchor is systemd's own child, and it is waited for. Its pid names the server."""
+    with cleared(Site(machine, tmp_path, sockets=False, anchored=True)) as site:
+        machine.do("start", "gunicorn.service")
+        anchor = site.main
+        with load(site.address, ("new", "keepalive"), clients=3, think=0.03) as traffic:
+            masters = [site.status["master_pid"]]
+            for _ in range(2):
+                machine.do("reload", "gunicorn.service")
+                masters.append(site.status["master_pid"])
+                assert site.main == anchor
+            assert len({anchor, *masters}) == 4
+            site.write("app.py", BROKEN)
+            assert machine.ctl("reload", "gunicorn.service").returncode == 1
+            site.write("app.py", apps.WSGI)
+            machine.run("kill", "-KILL", str(site.status["master_pid"]))
+            site.text_becomes("^Generation 4 serves with 2 workers")
+            assert site.show("MainPID", "NRestarts", "ActiveState") == {
+                "MainPID": str(anchor),
+                "NRestarts": "0",
+                "ActiveState": "active",
+            }
+            traffic.wait(20)
+        assert not [each for each in traffic.lost if each["outcome"] == "refused"], traffic.table()
+        site.get("/job?s=1")
+        machine.do("stop", "gunicorn.service")
+        assert list(site.dir.glob("job-*.done")), "the stop did not wait for the job"
+        assert site.show("Result")["Result"] == "success"
 
 
 def settled(status: dict[str, Any]) -> int:

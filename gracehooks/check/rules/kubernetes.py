@@ -74,6 +74,31 @@ def endpoint_lag(facts: Facts) -> Iterator[Seen]:
         yield seen("lame_duck", f"{settings.lame_duck:g}" if _attached(facts) else "not there", limit=0)
 
 
+#: Proxies by the names of their images.
+PROXIES = ("nginx", "openresty", "envoy", "haproxy", "caddy", "traefik", "httpd")
+
+
+@rule(
+    "kubernetes-proxy-leaves",
+    finds="a proxy beside the server in one pod, without a preStop hook of its own",
+    happens="every container gets its TERM at the same time: the proxy closes its port while the server still waits for the "
+    "requests that arrive, which are refused",
+    moment="for some seconds after each pod's TERM",
+    cure="the same preStop sleep in the container {name}; or the proxy as a sidecar (an init container with restartPolicy: "
+    "Always), which is ended after the others",
+    source="kubernetes.io, Termination of Pods, and Sidecar Containers",
+    page=f"{PAGE}#the-endpoint-lags",
+)
+def proxy_leaves(facts: Facts) -> Iterator[Seen]:
+    workload = facts.workload
+    for each in (workload.pod.get("containers") or []) if workload is not None else []:
+        if workload is None or not isinstance(each, Mapping) or each.get("name") == workload.container.get("name"):
+            continue
+        image = str(each.get("image") or "").rpartition("/")[2].partition("@")[0].partition(":")[0]
+        if image.split("-")[0] in PROXIES and not (each.get("lifecycle") or {}).get("preStop"):
+            yield seen("containers", f"{each.get('name')} ({each.get('image')})", name=each.get("name"))
+
+
 def _attached(facts: Facts) -> bool:
     return facts.server is not None and facts.server.attached
 

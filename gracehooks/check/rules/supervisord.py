@@ -98,6 +98,30 @@ def kill_group(facts: Facts) -> Iterator[Seen]:
 
 
 @rule(
+    "supervisord-numprocs",
+    finds="`numprocs` above 1 with one pidfile or `state_dir` for all of them",
+    happens="{happens}",
+    moment="{moment}",
+    cure="numprocs=1 and more workers; or a pidfile and a bind of its own for each: command=… --pid …/%(process_num)s.pid",
+    source="gunicorn/pidfile.py, validate(); supervisord's documentation, numprocs",
+)
+def numprocs(facts: Facts) -> Iterator[Seen]:
+    program, server = facts.program, facts.server
+    if program is None or server is None or not program.values.get("numprocs", "1").strip().isdigit():
+        return
+    many = int(program.values.get("numprocs", "1"))
+    if many < 2:
+        return
+    state_dir = facts.settings.state_dir if facts.settings is not None and server.attached else None
+    if server.pidfile and server.pidfile not in program.numbered:
+        happens = "the first writes the pidfile, and the others do not start: «Already running on PID …»"
+        yield seen("numprocs", f"{many}, with pidfile = {server.pidfile}", happens=happens, moment="at the start")
+    elif state_dir and state_dir not in program.numbered:
+        happens = "they write one status.json: `gracehooks upgrade` and `status` meet any of them"
+        yield seen("numprocs", f"{many}, with state_dir = {state_dir}", happens=happens, moment="at each command")
+
+
+@rule(
     "supervisord-restart",
     finds="`autorestart=false`",
     happens="the program stays down",

@@ -164,6 +164,8 @@ def stop_unwaited(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
     if unit is None or not _attached(facts) or not _notifies(unit):
         return  # where systemd hears nothing, no upgrade lasts that long: systemd-type
+    if unit.command.anchored:
+        return  # the anchor is systemd's own child for good, and is waited for
     commands = unit.lists.get("ExecStop", ())
     if not any("gracehooks" in each and " stop" in each for each in commands):
         says = "; ".join(commands) or "not set"
@@ -373,6 +375,52 @@ def _sealed(unit: Unit, path: str) -> str:
     roots = {"yes": ("/usr/", "/boot/", "/efi/"), "full": ("/usr/", "/boot/", "/efi/", "/etc/")}
     roots.update(dict.fromkeys(("true", "on", "1"), roots["yes"]))
     return f"ProtectSystem={system}" if path.startswith(roots.get(system, ("\0",))) else ""
+
+
+@rule(
+    "systemd-private-tmp",
+    finds="`PrivateTmp=` (or `DynamicUser=`) with neither pidfile nor `state_dir`",
+    happens="the server keeps its state below /tmp, which is the unit's own: commands outside the unit find no server",
+    moment="at each `gracehooks upgrade`, `status` or `history` in a shell or a deploy script",
+    cure="{cure}",
+    source="systemd.exec(5), PrivateTmp=; gracehooks/upgrade/history.py, default_state_dir()",
+    page=UNIT,
+)
+def private_tmp(facts: Facts) -> Iterator[Seen]:
+    unit, server, settings = facts.unit, facts.server, facts.settings
+    if unit is None or server is None or settings is None or not _attached(facts):
+        return
+    if server.pidfile or settings.state_dir or facts.environ.get("XDG_RUNTIME_DIR"):
+        return
+    for key in ("PrivateTmp", "DynamicUser"):
+        if unit.get(key).lower() in ("yes", "true", "on", "1"):
+            own = next((each for each in managed_directories(unit) if each.startswith("/run/")), "")
+            name = unit.name.partition(".")[0]
+            cure = f"pidfile = {own or '/run/' + name}/gunicorn.pid" + ("" if own else f", and RuntimeDirectory={name}")
+            yield seen(key, unit.get(key), cure=cure)
+            return
+
+
+@rule(
+    "systemd-runtime-directory",
+    finds="a `RuntimeDirectory=` with the state in it, and no `RuntimeDirectoryPreserve=`",
+    happens="systemd removes the directory, and the history of upgrades, reloads and stops with it",
+    moment="at each stop and restart",
+    cure="RuntimeDirectoryPreserve=yes (or state_dir below a StateDirectory=)",
+    source="systemd.exec(5), RuntimeDirectoryPreserve=: no is the default",
+    page=UNIT,
+    advice=True,
+)
+def runtime_directory(facts: Facts) -> Iterator[Seen]:
+    unit, server = facts.unit, facts.server
+    if unit is None or server is None or not _attached(facts) or unit.get("RuntimeDirectoryPreserve", "no") != "no":
+        return
+    state = (facts.settings.state_dir if facts.settings is not None else None) or server.pidfile
+    path = _plain(os.path.join(server.chdir, state)) if state else ""
+    for each in managed_directories(unit):
+        if each.startswith("/run/") and path.startswith(each + "/"):
+            yield seen("RuntimeDirectory", each.removeprefix("/run/"))
+            return
 
 
 @rule(

@@ -15,6 +15,8 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 def verdict(path: str, status: int) -> str:
     """Empty where `status` lets the worker serve, else why it does not."""
+    if status == 400:  # what Django says to a host that it was not told of
+        return f"answered 400 on {path} (it is asked with Host: localhost; is that host allowed?)"
     return f"answered {status} on {path}" if status >= 400 else ""
 
 
