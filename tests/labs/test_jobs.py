@@ -34,7 +34,7 @@ SLEEP = os.environ.get("TEST_SLEEP", "0.4")
 FULL = "TEST_FULL" in os.environ
 ASGI_WORKER = pytest.param(
     "gracehooks.ASGIWorker",
-    marks=pytest.mark.skipif(gunicorn.version_info < (25, 0), reason="this gunicorn has no asgi worker"),
+    marks=pytest.mark.skipif(gunicorn.version_info < (25, 2), reason="this gunicorn has no asgi worker"),
 )
 CLASSES = [
     "gracehooks.Worker",

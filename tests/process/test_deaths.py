@@ -19,7 +19,7 @@ from tests.kit.cgroups import little_memory
 from tests.kit.clients import ask
 
 WSGI_CLASSES = ["gracehooks.Worker", "gracehooks.SyncWorker", "gracehooks.GeventWorker"]
-LOOPS = ["gracehooks.UvicornWorker"] + ["gracehooks.ASGIWorker"] * (gunicorn.version_info >= (25, 0))
+LOOPS = ["gracehooks.UvicornWorker"] + ["gracehooks.ASGIWorker"] * (gunicorn.version_info >= (25, 2))
 CLASSES = WSGI_CLASSES + LOOPS
 MEGABYTE = 1 << 20
 

@@ -15,9 +15,8 @@ import pytest
 
 from tests.kit import Server, eventually, load, serve, within
 
-GUNICORN_HAS_ASGI = pytest.importorskip("gunicorn").version_info >= (25, 0)
+GUNICORN_HAS_ASGI = pytest.importorskip("gunicorn").version_info >= (25, 2)
 pytest.importorskip("uvicorn_worker")
-TASK_PER_REQUEST = pytest.importorskip("gunicorn").version_info >= (27, 0)
 HTTPTOOLS = True
 try:
     import httptools  # noqa: F401
@@ -39,9 +38,6 @@ class OldWebSockets(gracehooks.UvicornWorker):
 asgi = pytest.param("gracehooks.ASGIWorker", marks=pytest.mark.skipif(not GUNICORN_HAS_ASGI, reason="no asgi worker"))
 EACH = [asgi, "gracehooks.UvicornWorker", "h11_uvicorn.H11Worker"]
 ONE_EACH = [asgi, "gracehooks.UvicornWorker"]
-newest = pytest.param(
-    "gracehooks.ASGIWorker", marks=pytest.mark.skipif(not TASK_PER_REQUEST, reason="needs gunicorn 27")
-)
 
 APP = """
 import asyncio, os, signal, sys, time
@@ -376,7 +372,7 @@ def test_workers_of_a_killed_master_drain_and_leave(worker):
 
 
 # -- those who wait for an end ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("worker", [newest, *EACH[1:]])
+@pytest.mark.parametrize("worker", EACH)
 def test_streams_and_long_polls_learn_of_the_drain_and_end_well(worker):
     with serving(worker, "gracehooks.configure(drain_timeout=2)") as server:
         sse, cut, poll = ask(server, "/sse"), ask(server, "/sse-cut"), ask(server, "/poll")
@@ -446,7 +442,7 @@ def test_websockets_are_closed_one_after_the_other(worker):
         assert outcome(server)["lost"] == {"requests": [], "jobs": []}
 
 
-@pytest.mark.parametrize("worker", [newest, *ONE_EACH[1:]])
+@pytest.mark.parametrize("worker", ONE_EACH)
 def test_what_goes_on_after_its_answer_is_a_job(worker):
     with serving(worker, "gracehooks.configure(drain_timeout=0.3, job_timeout=20)") as server:
         assert read_answer(ask(server, "/after")).read() == b"answered"

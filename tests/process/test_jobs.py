@@ -21,7 +21,7 @@ import pytest
 
 from tests.kit import Server, eventually, serve
 
-HAS_ASGI = pytest.mark.skipif(gunicorn.version_info < (25, 0), reason="this gunicorn has no asgi worker")
+HAS_ASGI = pytest.mark.skipif(gunicorn.version_info < (25, 2), reason="this gunicorn has no asgi worker")
 ASGI_WORKER = pytest.param("gracehooks.ASGIWorker", marks=HAS_ASGI)
 CLASSES = [
     "gracehooks.Worker",

@@ -28,7 +28,7 @@ NOTHING = {"requests": [], "jobs": []}
 @pytest.mark.parametrize("way", ["upgrade", "reload", "max_requests"])
 @pytest.mark.parametrize("worker", CLASSES)
 def test_replacements_under_fast_load_lose_nothing(worker: str, way: str):
-    if worker == "ASGIWorker" and GUNICORN < (25, 0):
+    if worker == "ASGIWorker" and GUNICORN < (25, 2):
         pytest.skip("no asgi worker")
     share = REQUESTS // (ROLLS + 1)
     recycling = way == "max_requests"

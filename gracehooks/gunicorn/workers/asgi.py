@@ -1,7 +1,8 @@
-"""`gracehooks.ASGIWorker`: gunicorn's own asgi worker (25 and later) that leaves without losing.
+"""`gracehooks.ASGIWorker`: gunicorn's own asgi worker (25.2 and later) that leaves without losing.
 
 While it serves, gunicorn's own protocol serves, and the request path pays for two stores: a request begins and ends on the
-page where the loop of its connection calls `_cancel_keepalive_timer` and `_resume_reading` anyway. Everything else is found
+page where the loop of its connection calls `_cancel_keepalive_timer` and `_resume_reading` anyway; before 27, where a
+connection waits for the application's call, it does so round that call. Everything else is found
 out when it is asked for, in the frames of gunicorn's coroutines. When the worker leaves, the open connections become
 `Leaving` ones: their answers carry `Connection: close`, and what closes them is polite.
 
@@ -9,8 +10,8 @@ It relies on `ASGIProtocol` with `_handle_http_request` and its variables, `_bui
 `_cancel_keepalive_timer`, `_resume_reading`, `_send_response_start`, `_send_error_response`, `_close_transport`,
 `_keepalive_timeout`, `_will_close`, `_awaiting_request`, `_request_ready`, `_current_request`, `_body_receiver`,
 `_finishing_calls`, `_callback_parser`, `_websocket`, `_h2_conn`, and on `BodyReceiver`, `LifespanManager`,
-`AsyncHTTP2Connection` (tests/contract/test_gasgi.py). Versions before 27 lack some of them: there a layer round the
-application counts, and nobody is told of the drain by `http.disconnect`.
+`AsyncHTTP2Connection` (tests/contract/test_gasgi.py). Versions before 27 lack some of them. The first, before
+25.2, have no `BodyReceiver` and keep neither the request nor the WebSocket of a connection: a drain could not see them.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class Unsupported(ConfigError, RuntimeError):  # noqa: N818 - says what it is
 
 
 try:
-    from gunicorn.asgi.protocol import ASGIProtocol
+    from gunicorn.asgi.protocol import ASGIProtocol, BodyReceiver
     from gunicorn.workers import gasgi
 except ImportError as error:
     raise Unsupported(
-        f"gracehooks.ASGIWorker needs gunicorn 25 or later, whose asgi worker it builds on; this is {gunicorn.__version__}. "
+        f"gracehooks.ASGIWorker needs gunicorn 25.2 or later, whose asgi worker it builds on; this is {gunicorn.__version__}. "
         "Upgrade gunicorn, or use gracehooks.UvicornWorker"
     ) from error
 
@@ -51,7 +52,10 @@ __all__ = ["ASGIWorker"]
 CLOSE = (b"connection", b"close")
 #: How long after the first GOAWAY, which refuses nothing yet, the second one names the last stream, in seconds.
 GOAWAY_AFTER = 1.0
+#: How often it is looked whether the streams of a connection have ended, in seconds.
+STREAMS_PACE = 0.02
 SERVICE_RESTART = 1012
+COME_AGAIN = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 #: The version of ASGI over HTTP that a scope names, and its keys, as gunicorn makes them.
@@ -63,6 +67,9 @@ SCOPE = {
 
 #: Whether gunicorn is one whose protocol serves each request in a task of its own (27).
 TASK_PER_REQUEST = hasattr(ASGIProtocol, "_serve_http_request")
+#: Whether the application's `receive` waits for the end of the connection once it has the request; that of 25.2 and 25.3
+#: says `http.disconnect` at once.
+RECEIVE_WAITS = hasattr(BodyReceiver, "_wait_for_disconnect")
 
 
 class Protocol(ASGIProtocol):
@@ -72,6 +79,8 @@ class Protocol(ASGIProtocol):
     slot: int | None = None
     #: Whether a request is being answered; gunicorn 27 knows it better.
     answering = False
+    #: How many requests are being answered over HTTP/2.
+    streams = 0
     _closed: bool
     _response_buffer: bytes | None
 
@@ -90,7 +99,7 @@ class Protocol(ASGIProtocol):
 
     def goes_on(self) -> bool:
         """Whether application calls run."""
-        return TASK_PER_REQUEST and bool(self._finishing_calls or not self._awaiting_request)
+        return self.answering or (TASK_PER_REQUEST and bool(self._finishing_calls or not self._awaiting_request))
 
     # -- the slot ------------------------------------------------------------------------------------------------------
     def end(self) -> None:
@@ -111,11 +120,8 @@ class Protocol(ASGIProtocol):
             super()._keepalive_timeout()
 
     async def _handle_websocket(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        page = self.worker.page
-        if not TASK_PER_REQUEST:
-            return await super()._handle_websocket(request, *args, **kwargs)
         self.end()
-        self.slot = page.begin(WEBSOCKET, request.path)
+        self.slot = self.worker.page.begin(WEBSOCKET, request.path)
         try:
             return await super()._handle_websocket(request, *args, **kwargs)
         finally:
@@ -129,22 +135,36 @@ class Protocol(ASGIProtocol):
 
     async def _handle_http2_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         mark = requests.mark()
-        slot = self.worker.page.begin(request.method, request.path) if TASK_PER_REQUEST else -2
+        slot = self.worker.page.begin(request.method, request.path)
+        self.streams += 1
         try:
             return await super()._handle_http2_request(request, *args, **kwargs)
         finally:
+            self.streams -= 1
             requests.unmark(mark)
-            if TASK_PER_REQUEST and not self.worker.calls.closed:
+            if not self.worker.calls.closed:
                 self.worker.page.end(slot)
 
-    if not TASK_PER_REQUEST:
 
-        async def _handle_http_request(self, *args: Any, **kwargs: Any) -> Any:
-            self.answering = True
-            try:
-                return await super()._handle_http_request(*args, **kwargs)
-            finally:
-                self.answering = False
+class CountingRoundTheCall(Protocol):
+    """The protocol that counts HTTP/1 requests where a connection waits for the application's call."""
+
+    async def _handle_http_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self.slot = self.worker.page.begin(request.method, request.path)
+        self.answering = True
+        try:
+            keep = await super()._handle_http_request(request, *args, **kwargs)
+            # An answer that ended because its application was told to is the last one; gunicorn would wait for more.
+            return keep and getattr(self, "told", None) is None
+        finally:
+            self.answering = False
+            self.end()
+
+    def _build_http_scope(self, request: Any, sockname: Any, peername: Any) -> dict[str, Any]:
+        scope: dict[str, Any] = super()._build_http_scope(request, sockname, peername)
+        if RECEIVE_WAITS:  # else a framework that listens in `receive` would end every stream at once
+            scope["asgi"]["spec_version"] = SPEC_VERSION
+        return scope
 
 
 def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
@@ -294,7 +314,7 @@ class Leaving(Protocol):
         self.announced = True
         self._keepalive = 0
         if status == 500 and self.told is not None:  # it went without an answer because it was told to end
-            return super()._send_error_response(503, "", (("Retry-After", "1"),))
+            return self._safe_write(COME_AGAIN)
         return super()._send_error_response(status, *args, **kwargs)
 
     def _will_close(self, request: Any, response_requires_close: Any) -> Any:
@@ -421,13 +441,11 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
                 self.log.debug("ASGI lifespan not supported by app: %s", error)
             else:
                 self.add_lifespan_shutdown(lifespan.shutdown)
-        if TASK_PER_REQUEST and self.cfg.protocol != "uwsgi":
-            self.protocol_class = counting(self.page, self.loop)
-            self.calls.find(ASGIProtocol._handle_http_request.__code__, _of_http1)
-            self.calls.find(Protocol._handle_http2_request.__code__, _of_http2)
-            self.calls.find(Protocol._handle_websocket.__code__, _of_websocket)
-        else:
-            self.asgi = self.calls.counted(application, _nothing)
+        in_tasks = TASK_PER_REQUEST and self.cfg.protocol != "uwsgi"
+        self.protocol_class = counting(self.page, self.loop) if in_tasks else CountingRoundTheCall
+        self.calls.find(ASGIProtocol._handle_http_request.__code__, _of_http1)
+        self.calls.find(Protocol._handle_http2_request.__code__, _of_http2)
+        self.calls.find(Protocol._handle_websocket.__code__, _of_websocket)
         return application, self.state
 
     async def listen(self) -> None:
@@ -453,17 +471,22 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         """gunicorn's own count."""
         return int(self.nr)
 
-    def hand_over_answered(self, protocol: Any) -> None:
-        """The calls of a connection whose answers are complete are jobs from now on, if their client goes or stays."""
+    def hand_over_answered(self, only: Any = None) -> None:
+        """The calls whose answers are complete, of one connection or of all, are jobs from now on; their client may go."""
         for call in list(self.calls.running(self.event_loop)):
-            owner: Any = call.names.get("self")
-            if owner is not protocol or call.slot is not None or call.handle in self._handed_over:
+            protocol: Any = call.names.get("self")
+            if call.slot is not None or call.handle in self._handed_over or only not in (None, protocol):
                 continue
             if not isinstance(call.handle, asyncio.Task):
                 continue
             self._handed_over.add(call.handle)
-            protocol._finishing_calls.pop(call.handle, None)
-            if call.names["request"] is protocol._current_request and not protocol._awaiting_request:
+            if TASK_PER_REQUEST:
+                protocol._finishing_calls.pop(call.handle, None)
+            if protocol.answering or (
+                TASK_PER_REQUEST
+                and call.names["request"] is protocol._current_request
+                and not protocol._awaiting_request
+            ):
                 # gunicorn waits for it before it closes, and would cancel it some seconds after the client has gone.
                 protocol.end()
                 protocol._task = None
@@ -480,10 +503,6 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         """Close the listeners."""
         for each in self.servers:
             each.close()
-
-
-async def _nothing(scope: dict[str, Any], receive: Any, send: Any) -> None:
-    pass
 
 
 # -- the connections of a worker that leaves ---------------------------------------------------------------------------
@@ -580,7 +599,9 @@ class Connections:
         websocket.closed = True  # what the application still sends finds a closed WebSocket
         websocket._receive_queue.put_nowait({"type": "websocket.disconnect", "code": SERVICE_RESTART})
         try:
-            await asyncio.wait_for(websocket._close_event.wait(), CLOSING)
+            # Before 26 nobody says when the client has said goodbye; its transport closes as politely.
+            if hasattr(websocket, "_close_event"):
+                await asyncio.wait_for(websocket._close_event.wait(), CLOSING)
         except asyncio.TimeoutError:
             pass  # the client has not said goodbye
         connection._close_transport()
@@ -602,10 +623,8 @@ class Connections:
 
     def settle(self) -> None:
         """The calls whose answer is complete."""
-        if TASK_PER_REQUEST and self._worker.page.in_flight:
-            for each in list(self._worker.connections):
-                if each.goes_on():
-                    self._worker.hand_over_answered(each)
+        if self._worker.page.in_flight:
+            self._worker.hand_over_answered()
 
     def unsent(self) -> list[tuple[str, str]]:
         """Answers that their applications have given and that are in the loop's buffers."""
@@ -644,8 +663,8 @@ async def _go_away(protocol: Any) -> None:
     # gunicorn then does what it does after the peer's GOAWAY: the streams end, new ones are refused, the end.
     connection.peer_last_stream_id = last
     connection.draining = True
-    while protocol._h2_tasks and not protocol._closed:
-        await asyncio.wait(list(protocol._h2_tasks), timeout=1.0)
+    while not protocol._closed and (protocol.streams or connection.streams or getattr(protocol, "_h2_tasks", ())):
+        await asyncio.sleep(STREAMS_PACE)
     if not protocol._closed:
         await connection.close()
         protocol._close_transport()
@@ -655,5 +674,8 @@ def _send_goaway(connection: Any, last_stream_id: int) -> None:
     # h2 would close its own state with it: the frame is written past it, between two of its frames.
     payload = struct.pack(">II", last_stream_id, 0)
     frame = len(payload).to_bytes(3, "big") + b"\x07\x00" + struct.pack(">I", 0) + payload
-    connection._write_pending_nowait()
+    if hasattr(connection, "_write_pending_nowait"):
+        connection._write_pending_nowait()
+    else:  # before 27
+        connection.writer.write(connection.h2_conn.data_to_send() or b"")
     connection.writer.write(frame)
