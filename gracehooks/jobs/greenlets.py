@@ -1,6 +1,7 @@
 """Greenlets that are born in a request, noticed through gevent's own spawn callback. Imports gevent when it is patched in.
 
-A thread of a monkey-patched process is a greenlet as well; it is counted as the thread that it was asked for.
+A thread of a monkey-patched process is a greenlet as well; it is counted as the thread that it was asked for. What a
+request hands to gevent's pool of real threads is counted as what it hands to any other pool.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import threading
 from typing import Any
 
 from gracehooks import requests
-from gracehooks.jobs import stacks, tracker
+from gracehooks.jobs import stacks, threads, tracker
 from gracehooks.jobs.infrastructure import is_infrastructure
 from gracehooks.jobs.threads import name_of, options_of, outcome_of
 from gracehooks.jobs.tracker import Tracker, Work
+from gracehooks.scoreboard import Outcome
 
 __all__ = ["GREENLET", "patch", "track_greenlet"]
 
@@ -35,7 +37,14 @@ class _GreenletKind:
         """A greenlet that swallows GreenletExit ends with its process."""
 
 
+class _PoolKind(threads._FutureKind):
+    def cancel(self, work: Work) -> None:
+        """A call into C that runs in a thread: its token says it all."""
+
+
 GREENLET = _GreenletKind()
+POOL = _PoolKind()
+_SOCKET = ("_socket", "socket")
 
 
 def _spawned(greenlet: Any) -> None:
@@ -74,15 +83,41 @@ def track_greenlet(greenlet: Any, name: str | None) -> None:
     _count(greenlet, tracker.require(), name or name_of(run), run)
 
 
+_spawn: Any = None
+
+
+def _patched_spawn(pool: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if _in_job() is None and _in_request() is None:
+        return _spawn(pool, func, *args, **kwargs)
+    found = tracker.current()
+    # gevent looks up names in this pool, and waits for it.
+    if found is None or getattr(func, "__module__", None) in _SOCKET or is_infrastructure(func):
+        return _spawn(pool, func, *args, **kwargs)
+    work = found.begin(POOL, name_of(func), None, options_of(func))
+    try:
+        work.handle = _spawn(pool, threads._marked, work, func, args, kwargs)
+    except BaseException:
+        found.finish(work, Outcome.FAILED)
+        raise
+    work.handle.rawlink(lambda done: found.finish(work, outcome_of(done.exception)))
+    return work.handle
+
+
 def patch() -> None:
     """Notice the greenlets that are born in a request, from now on in this process."""
+    global _spawn
     import gevent
+    from gevent.threadpool import ThreadPool
 
     gevent.Greenlet.add_spawn_callback(_spawned)
+    if ThreadPool.spawn is not _patched_spawn:
+        _spawn, ThreadPool.spawn = ThreadPool.spawn, _patched_spawn
 
 
 def unpatch() -> None:
-    """Take the callback away; for tests."""
+    """Take it back; for tests."""
     import gevent
+    from gevent.threadpool import ThreadPool
 
     gevent.Greenlet.remove_spawn_callback(_spawned)
+    ThreadPool.spawn = _spawn

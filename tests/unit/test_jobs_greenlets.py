@@ -46,6 +46,10 @@ def stubborn():
         except gevent.GreenletExit:
             pass
 
+def native_sleep(seconds):
+    monkey.get_original("time", "sleep")(seconds)
+    return "slept"
+
 release = []
 free = gevent.spawn(sleep, 3600)
 ticket = requests.begin(page, "GET", "/")
@@ -58,6 +62,12 @@ killed = gevent.spawn(sleep, 3600)
 submitted = jobs.submit(sleep, 0.05)
 child = subprocess.Popen(["sh", "-c", "exit 3"])
 stuck = gevent.spawn(stubborn)
+pool = gevent.get_hub().threadpool
+in_pool = pool.spawn(native_sleep, 0.05)
+assert [work.name for work in jobs.active()][-1] == "native_sleep"
+assert pool.apply(native_sleep, (0.01,)) == "slept"
+import socket
+socket.getaddrinfo("localhost", 80)  # gevent asks its pool, and that is no job
 requests.end(ticket)
 assert {("greenlet", "work"), ("thread", "a thread"), ("greenlet", "sleep"), ("thread", "sleep")} <= {
     (work.kind, work.name) for work in jobs.active()}, jobs.active()
@@ -77,8 +87,9 @@ assert len(beats) > 5, "others ran meanwhile"
 assert greenlet.dead and killed.dead and not free.dead
 assert seen[0].kind == "greenlet"
 assert child.wait() == 3
+assert in_pool.get() == "slept"
 counts = found.counts()
-assert counts == {"accepted": 11, "succeeded": 7, "failed": 2, "cancelled": 1, "abandoned": 1, "rejected": 0}, counts
+assert counts == {"accepted": 13, "succeeded": 9, "failed": 2, "cancelled": 1, "abandoned": 1, "rejected": 0}, counts
 print("fine")
 sys.exit(0)
 """
