@@ -261,7 +261,7 @@ class Drain:
         interpreter's teardown of its modules, as multiprocessing's children do: it takes longer than all the rest of an
         empty drain, can hang in what is left of a hub, and a signal in it kills a worker that has lost nothing.
         """
-        if self.page.phase is not Phase.ENDED:
+        if self.page.phase is not Phase.ENDED or self._is_sentinel():  # the sentinel's `last_words` run the hook too
             return
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_IGN)  # it is leaving
@@ -503,10 +503,13 @@ class Drain:
         begun, self._exit_begun = self._exit_begun, True
         try:
             if not begun:  # else one of them hangs in the other thread
-                atexit._run_exitfuncs()
                 tracker = jobs.current()
-                if tracker is not None and tracker.sweeper is not None:
-                    tracker.sweeper.part()
+                sweeper = tracker.sweeper if tracker is not None else None
+                if sweeper is not None:
+                    sweeper.before_atexit()
+                atexit._run_exitfuncs()
+                if sweeper is not None:
+                    sweeper.part()
         except BaseException:  # noqa: BLE001 - a callback of theirs; nothing may keep this process
             pass
         finally:

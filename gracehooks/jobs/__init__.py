@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 from gracehooks.errors import JobRejected
-from gracehooks.jobs import infrastructure, processes, services, tasks, threads
+from gracehooks.jobs import infrastructure, pools, processes, services, tasks, threads
 from gracehooks.jobs import tracker as _tracker
 from gracehooks.jobs.processes import popen, run
 from gracehooks.jobs.services import service
@@ -187,6 +187,7 @@ def install(
     if settings.track == "request":
         threads.patch(gevent=loop_kind == "gevent")
         tasks.patch()
+        pools.patch()
         if loop_kind == "gevent":
             from gracehooks.jobs import greenlets
 
@@ -197,10 +198,6 @@ def install(
 def start_services() -> None:
     """Start every registered service, once the worker has booted; in the event loop, for those that are coroutines."""
     found = _tracker.require()
-    if found.settings.track == "request":
-        threads.patch_late()
-        tasks.patch_late()
-    processes.patch_late()
     if found.sweeper is not None:
         processes.note_boot()
     services.start()

@@ -10,6 +10,8 @@ import contextvars
 import threading
 from typing import Any
 
+from gevent.threadpool import ThreadPool
+
 from gracehooks import requests
 from gracehooks.jobs import stacks, threads, tracker
 from gracehooks.jobs.infrastructure import is_infrastructure
@@ -53,7 +55,7 @@ def _spawned(greenlet: Any) -> None:
     found = tracker.current()
     run = getattr(greenlet, "_run", None)
     owner = getattr(run, "__self__", None)
-    if found is None or isinstance(owner, threading.Thread) or is_infrastructure(run):
+    if found is None or isinstance(owner, (threading.Thread, ThreadPool)) or is_infrastructure(run):
         return
     _count(greenlet, found, name_of(run) if run is not None else type(greenlet).__qualname__, run)
 
@@ -107,7 +109,6 @@ def patch() -> None:
     """Notice the greenlets that are born in a request, from now on in this process."""
     global _spawn
     import gevent
-    from gevent.threadpool import ThreadPool
 
     gevent.Greenlet.add_spawn_callback(_spawned)
     if ThreadPool.spawn is not _patched_spawn:
@@ -117,7 +118,6 @@ def patch() -> None:
 def unpatch() -> None:
     """Take it back; for tests."""
     import gevent
-    from gevent.threadpool import ThreadPool
 
     gevent.Greenlet.remove_spawn_callback(_spawned)
     ThreadPool.spawn = _spawn

@@ -23,7 +23,7 @@ __all__ = ["PACKAGES", "application", "is_infrastructure", "is_server_task", "pa
 PACKAGES = frozenset(
     {
         # pools and loops: the work in them is what may be a job
-        "anyio", "apscheduler", "asgiref", "asyncio", "concurrent", "gevent", "gracehooks", "gunicorn", "multiprocessing",
+        "anyio", "apscheduler", "asgiref", "asyncio", "concurrent", "gracehooks", "gunicorn", "multiprocessing",
         "trio", "uvicorn", "uvloop", "watchfiles",
         # errors, metrics, traces
         "airbrake", "analytics", "beeline", "bugsnag", "datadog", "ddtrace", "elasticapm", "honeybadger", "instana",

@@ -32,6 +32,7 @@ from typing import Any, Protocol
 from gracehooks import requests
 from gracehooks.errors import JobRejected
 from gracehooks.jobs import tracker
+from gracehooks.jobs.imports import when_imported
 from gracehooks.jobs.infrastructure import is_infrastructure
 from gracehooks.jobs.threads import start_thread
 from gracehooks.jobs.tracker import Tracker, Work
@@ -43,7 +44,6 @@ __all__ = [
     "become_subreaper",
     "note_boot",
     "patch",
-    "patch_late",
     "popen",
     "run",
     "track_process",
@@ -259,7 +259,9 @@ class _Watcher:
             if now - child.unknown_since < 1.0:
                 self._polled.append(work)
                 return
-            code = 1
+            ask = getattr(child.owner, "ask", None)
+            code = ask() if ask is not None else None
+            code = 1 if code is None else code
         if code is None:
             self._polled.append(work)
             return
@@ -487,22 +489,35 @@ class Descendants:
         """Kill what is left of the trees of jobs and strays; with `infrastructure` every descendant."""
         kill_descendants(infrastructure=infrastructure)
 
+    def before_atexit(self) -> None:
+        """End those that multiprocessing would wait for at exit, for ever: what is no daemon and was started at boot."""
+        children = list(getattr(sys.modules.get("multiprocessing.process"), "_children", ()))
+        _end_politely([each.pid for each in children if not each.daemon and each.pid is not None])
+
     def part(self) -> None:
-        """End what the application had beside its jobs: TERM, a moment, KILL; this process ends now.
+        """End what the application had beside its jobs; this process ends now.
 
         multiprocessing's helpers are left: they see the end of this process, clean up behind it, and leave.
         """
-        if not _has_children():
-            return
-        seen = scan()
-        left = [pid for pid in _tree([os.getpid()], seen) - {os.getpid()} - _helpers() if seen[pid].alive]
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in left:
-                _kill(pid, number)
-            until = time.monotonic() + PARTING
-            while left and time.monotonic() < until:
-                time.sleep(0.005)
-                left = [pid for pid in left if (now := _see(pid)) is not None and now.alive]
+        if _has_children():
+            _end_politely(_tree([os.getpid()], scan()) - {os.getpid()} - _helpers())
+
+
+def _end_politely(pids: Iterable[int]) -> None:
+    """TERM, a moment, KILL."""
+    left = list(pids)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = _still(left)
+        for pid in left:
+            _kill(pid, number)
+        until = time.monotonic() + PARTING
+        while left and time.monotonic() < until:
+            time.sleep(0.005)
+            left = _still(left)
+
+
+def _still(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if (seen := _see(pid)) is not None and seen.alive]
 
 
 def kill_descendants(*, infrastructure: bool = True) -> None:
@@ -746,13 +761,12 @@ def _counted(original: Any, name: str, count: bool) -> Any:
 
     @functools.wraps(original)
     def start(*args: Any, **keywords: Any) -> Any:
-        if _starting.get() is not None:  # a Popen's
+        if _starting.get() is not None:  # a Popen's, or multiprocessing's
             return original(*args, **keywords)
-        process = sys._getframe(1).f_locals.get("process_obj")  # multiprocessing's, in Popen._launch
         found = _born(count)
         work = None
-        if found is not None and not (process is not None and is_infrastructure(process._target)):
-            work = found.begin(PROCESS, process.name if process is not None else name_of(args[:1]) if args else name)
+        if found is not None:
+            work = found.begin(PROCESS, name_of(args[:1]) if args else name)
         with _a_start():
             try:
                 result = original(*args, **keywords)
@@ -765,7 +779,7 @@ def _counted(original: Any, name: str, count: bool) -> Any:
                 if work is None:
                     _note_infrastructure(pid)
                 else:
-                    _attach(work, pid, _Exit(process) if process is not None else None)
+                    _attach(work, pid, None)
         return result
 
     return start
@@ -781,6 +795,43 @@ class _Exit:
     def returncode(self) -> int | None:
         popen = self._process._popen
         return None if popen is None else popen.returncode
+
+    def ask(self) -> int | None:
+        """The exit code of one that the fork server started, which is no child of ours; it can be read only once."""
+        code: int | None = self._process.exitcode
+        return code
+
+
+def _patch_multiprocessing(module: Any, count: bool) -> None:
+    # The three ways to start one (fork, spawn, the fork server) have this in common, and no more.
+    kind = module.BaseProcess
+    original = kind.start
+    if getattr(original, "__gracehooks__", False):
+        return
+
+    def start(self: Any) -> None:
+        found = _born(count)
+        work = None
+        if found is not None and not is_infrastructure(self._target):
+            work = found.begin(PROCESS, self.name)
+        with _a_start():
+            token = _starting.set(work or _UNCOUNTED)
+            try:
+                original(self)
+            except BaseException:
+                if work is not None:
+                    work.tracker.finish(work, Outcome.FAILED)
+                raise
+            finally:
+                _starting.reset(token)
+            if work is None:
+                _note_infrastructure(self.pid)
+            else:
+                _attach(work, self.pid, _Exit(self))
+
+    start.__gracehooks__ = True  # type: ignore[attr-defined]
+    kind.start = start
+    _undo.append(lambda: setattr(kind, "start", original))
 
 
 class _Transport:
@@ -841,14 +892,8 @@ def patch(*, count: bool) -> None:
         _infrastructure[child.pid] = child.started
     _patch_popen(count)
     _patch_forks(count)
-    patch_late()
-
-
-def patch_late() -> None:
-    """The same for what the application imported since: uvloop."""
-    module = sys.modules.get("uvloop")
-    if module is not None and _counting is not None:
-        _patch_uvloop(module, _counting)
+    when_imported("multiprocessing.process", lambda module: _patch_multiprocessing(module, count))
+    when_imported("uvloop", lambda module: _patch_uvloop(module, count))
 
 
 def unpatch() -> None:

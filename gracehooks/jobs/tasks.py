@@ -12,7 +12,6 @@ way to a task (`asyncio.create_task`, `ensure_future`, `TaskGroup`, anyio) leads
 from __future__ import annotations
 
 import asyncio
-import sys
 from asyncio.base_events import BaseEventLoop
 from collections.abc import Callable, Coroutine
 from contextvars import Context
@@ -21,12 +20,13 @@ from typing import Any, TypeVar
 from gracehooks import requests
 from gracehooks.errors import JobRejected
 from gracehooks.jobs import stacks, tracker
+from gracehooks.jobs.imports import when_imported
 from gracehooks.jobs.infrastructure import is_server_task
 from gracehooks.jobs.threads import log_failure
 from gracehooks.jobs.tracker import AsyncWork, Options, Tracker, Work
 from gracehooks.scoreboard import Outcome
 
-__all__ = ["TASK", "create_task", "patch", "patch_late", "track_task", "with_options"]
+__all__ = ["TASK", "create_task", "patch", "track_task", "with_options"]
 
 T = TypeVar("T")
 
@@ -213,14 +213,7 @@ def _wrap(loop: Any) -> None:
 def patch() -> None:
     """Notice the tasks that are born in a request, from now on in this process."""
     _wrap(BaseEventLoop)
-    patch_late()
-
-
-def patch_late() -> None:
-    """The same for a loop that was imported since: uvloop's."""
-    module = sys.modules.get("uvloop")
-    if module is not None:
-        _wrap(module.Loop)
+    when_imported("uvloop", lambda module: _wrap(module.Loop))
 
 
 def unpatch() -> None:

@@ -29,7 +29,7 @@ from gracehooks.jobs.infrastructure import is_infrastructure, package_whose_own
 from gracehooks.jobs.tracker import JobCancelled, Options, Tracker, Work
 from gracehooks.scoreboard import Outcome
 
-__all__ = ["FUTURE", "THREAD", "Executor", "Job", "patch", "patch_late", "start_thread", "track_future", "track_thread"]
+__all__ = ["FUTURE", "THREAD", "Executor", "Job", "patch", "start_thread", "track_future", "track_thread"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -431,30 +431,6 @@ def _future_done(work: Work, future: Future[Any]) -> None:
     work.tracker.finish(work, outcome_of(error))
 
 
-def _wrap_process_pool(pool: Any) -> None:
-    submit = pool.submit
-    if getattr(submit, "__gracehooks__", False):
-        return
-
-    @functools.wraps(submit)
-    def patched(self: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        found = tracker.current()
-        if (_in_job() is None and _in_request() is None) or found is None:
-            return submit(self, fn, *args, **kwargs)  # type: ignore[no-any-return]
-        work = found.begin(FUTURE, name_of(fn), None, options_of(fn))
-        try:
-            future: Future[T] = submit(self, fn, *args, **kwargs)
-        except BaseException:
-            found.finish(work, Outcome.FAILED)
-            raise
-        work.handle = future
-        future.add_done_callback(lambda done: _future_done(work, done))
-        return future
-
-    patched.__gracehooks__ = True  # type: ignore[attr-defined]
-    pool.submit = patched
-
-
 _getcurrent: Callable[[], Any] | None = None
 
 
@@ -473,14 +449,6 @@ def patch(*, gevent: bool) -> None:
         _PLAIN.add(threading.Thread)
     _Thread.start = _patched_start
     ThreadPoolExecutor.submit = _patched_submit  # type: ignore[method-assign,assignment]
-    patch_late()
-
-
-def patch_late() -> None:
-    """The same for what the application imported since: the pools of processes."""
-    module = sys.modules.get("concurrent.futures.process")
-    if module is not None:
-        _wrap_process_pool(module.ProcessPoolExecutor)
 
 
 def unpatch() -> None:

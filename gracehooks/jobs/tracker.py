@@ -125,6 +125,9 @@ class Sweeper(Protocol):
     def kill(self, *, infrastructure: bool) -> None:
         """Kill every descendant; those that the application had at boot only with `infrastructure`."""
 
+    def before_atexit(self) -> None:
+        """End the children that a callback at exit would wait for."""
+
     def part(self) -> None:
         """End every descendant that is left, with a word before: this process ends now."""
 

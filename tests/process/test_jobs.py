@@ -266,7 +266,7 @@ def test_who_left_the_group_does_not_outlive_a_worker_that_is_killed_at_once(wor
 
 AT_BOOT = """
 import multiprocessing.shared_memory
-ATEXIT = HERE / "atexit.txt"
+multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,)).start()  # exit would join it
 subprocess.Popen(["sleep", "3600"])
 subprocess.Popen(["sh", "-c", "setsid sleep 3600 & exit"]).wait()
 deaf = "trap '' TERM; echo; while :; do sleep 1; done"
@@ -483,6 +483,68 @@ def test_services_run_in_every_worker_and_finish_what_they_have(worker: str) -> 
         assert said(running)[-1] == "closed"
         jobs = ended(running)
         assert (jobs["accepted"], jobs["succeeded"]) == (3, 3)
+
+
+OTHER_KINDS = """
+import importlib
+
+HELD = []
+
+
+def slowly(name):
+    time.sleep(0.4)
+    return name
+
+
+def answer(kind):
+    if kind != "go":
+        return kind
+    # All of it imported late, in the request.
+    multiprocessing = importlib.import_module("multiprocessing")
+    process = importlib.import_module("concurrent.futures.process")
+    if not GEVENT:  # which stands still in these pools, whoever serves
+        executor = process.ProcessPoolExecutor(1)
+        pool = multiprocessing.Pool(1)
+        HELD.extend([executor, pool])
+        executor.submit(slowly, "executor").add_done_callback(lambda done: say(done.result()))
+        pool.apply_async(slowly, ("pool",), callback=say)
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,), name="forked").start()
+    threading.Timer(0.4, say, ("timer",)).start()
+    threading.Timer(3600, say, ("late timer",)).start()
+    if LOOP:
+        HELD.append(asyncio.get_running_loop().create_task(child()))
+    if GEVENT:
+        import gevent
+        sleep = gevent.monkey.get_original("time", "sleep")
+        gevent.get_hub().threadpool.spawn(lambda: [sleep(0.4), say("gevent pool")])
+    return kind
+
+
+async def child():
+    process = await asyncio.create_subprocess_exec("sh", "-c", "sleep 0.4; exit 7")
+    say(f"child {await process.wait()}")
+
+
+"""
+
+
+@pytest.mark.parametrize("worker", CLASSES)
+def test_pools_timers_and_forks_are_jobs_like_any_other(worker: str) -> None:
+    source = f"LOOP = {worker in LOOPS}\nGEVENT = {'Gevent' in worker}\n" + OTHER_KINDS
+    config = "gracehooks.configure(job_timeout=60, job_grace=2)"
+    with server(worker, source, config) as running:
+        running.get("/go")
+        started = time.monotonic()
+        assert running.stop() == 0
+        assert time.monotonic() - started < 40, "what waits for ever was told to stop, and did"
+        eventually(lambda: not running.processes())
+        more = ["gevent pool"] if "Gevent" in worker else ["executor", "pool"]
+        more += ["child 7"] * (worker in LOOPS)
+        assert sorted(said(running)) == sorted(["timer", *more])
+        counts = ended(running)
+        assert (counts["cancelled"], counts["abandoned"]) == (2, 0), counts
+        assert counts["failed"] == (worker in LOOPS), "the child of the task"
+        assert counts["succeeded"] == 1 + len(more), counts
 
 
 PRELOADED = """

@@ -164,13 +164,33 @@ def test_a_child_of_a_coroutine_is_a_job_and_the_loop_gets_the_exit_code(found: 
 
     if loop == "uvloop":
         uvloop = pytest.importorskip("uvloop")
-        processes.patch_late()
         uvloop.run(main())
     else:
         asyncio.run(main())
     assert end(found) == []
     counts = balanced(found)
     assert (counts["accepted"], counts["failed"], counts["succeeded"]) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("waits", [False, True], ids=["nobody asks", "joined"])
+def test_each_way_of_multiprocessing_to_start_a_process_is_a_job(found: Tracker, method: str, waits: bool) -> None:
+    context = multiprocessing.get_context(method)
+    with request():
+        good = context.Process(target=time.sleep, args=(0.1,), name="good")
+        bad = context.Process(target=sys.exit, args=(3,), name="bad")
+        good.start()
+        bad.start()
+    assert [(work.kind, work.name) for work in jobs.active()] == [("process", "good"), ("process", "bad")]
+    if waits:
+        good.join()
+        bad.join()
+    assert end(found) == []
+    counts = balanced(found)
+    assert (counts["accepted"], counts["succeeded"], counts["failed"]) == (2, 1, 1)
+    bad.join()
+    good.join()
+    assert (good.exitcode, bad.exitcode) == (0, 3)
 
 
 def test_forks_and_multiprocessing_in_a_request_are_jobs(found: Tracker) -> None:

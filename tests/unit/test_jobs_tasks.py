@@ -16,7 +16,6 @@ import pytest
 from gracehooks import jobs
 from gracehooks.deadline import Deadline
 from gracehooks.errors import JobRejected
-from gracehooks.jobs import tasks
 from gracehooks.jobs.tracker import Abandoned, Tracker
 from tests.unit.jobs_bench import balanced, request, worker
 
@@ -35,11 +34,7 @@ def run(request: pytest.FixtureRequest) -> Run:
         return asyncio.run
     uvloop = pytest.importorskip("uvloop")
 
-    def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-        tasks.patch_late()
-        return uvloop.run(coroutine)
-
-    return run
+    return uvloop.run  # type: ignore[no-any-return]
 
 
 async def end(found: Tracker, budget: float = 60.0, grace: float = 30.0) -> list[Abandoned]:

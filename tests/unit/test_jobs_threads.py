@@ -7,6 +7,7 @@ import contextvars
 import functools
 import importlib
 import logging
+import multiprocessing.pool
 import sys
 import threading
 import time
@@ -281,7 +282,6 @@ def test_what_a_request_hands_to_a_pool_is_a_job(found: Tracker) -> None:
 
 
 def test_what_a_request_hands_to_a_pool_of_processes_is_a_job_and_the_pool_is_not(found: Tracker) -> None:
-    threads.patch_late()
     with ProcessPoolExecutor(1) as pool:
         with request():
             future = pool.submit(int, "3")
@@ -290,6 +290,42 @@ def test_what_a_request_hands_to_a_pool_of_processes_is_a_job_and_the_pool_is_no
         assert end(found) == [], "the pool's own process is not waited for"
         assert pool.submit(int, "4").result() == 4, "nor killed"
     assert balanced(found)["accepted"] == 1
+
+
+def _fails(number: int) -> int:
+    return 1 // number
+
+
+@pytest.mark.parametrize("kind", ["processes", "threads"])
+def test_what_a_request_hands_to_a_pool_of_multiprocessing_is_a_job(found: Tracker, kind: str) -> None:
+    heard: list[object] = []
+    with multiprocessing.Pool(1) if kind == "processes" else multiprocessing.pool.ThreadPool(1) as pool:
+        with request():
+            slow = pool.apply_async(time.sleep, (0.2,))
+            mapped = pool.map_async(_fails, [1, 2], 1, heard.append)
+            failing = pool.map_async(_fails, [1, 0, 1], chunksize=1, error_callback=heard.append)
+            nothing = pool.map_async(_fails, [])
+            assert pool.apply(_fails, (1,)) == 1
+        assert nothing.get() == []
+        assert slow.ready()
+        with pytest.raises(ZeroDivisionError):
+            failing.get()
+        assert mapped.get() == [1, 0]
+        assert end(found) == [], "the pool's own processes and threads are not waited for"
+        assert pool.apply(_fails, (1,)) == 1, "nor killed"
+    assert heard[0] == [1, 0]
+    assert isinstance(heard[1], ZeroDivisionError)
+    counts = balanced(found)
+    assert (counts["accepted"], counts["succeeded"], counts["failed"]) == (5, 4, 1)
+
+
+def test_a_pool_that_is_terminated_takes_its_jobs_along(found: Tracker) -> None:
+    with multiprocessing.Pool(1) as pool:
+        with request():
+            pool.apply_async(time.sleep, (3600,))
+        assert [work.kind for work in jobs.active()] == ["thread"]
+    assert end(found) == []
+    assert balanced(found)["cancelled"] == 1
 
 
 def test_after_the_end_a_request_cannot_start_a_thread_unseen(found: Tracker) -> None:

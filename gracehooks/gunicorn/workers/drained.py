@@ -104,6 +104,7 @@ class Drained(Attached):
         )
         watch(self.page)
         self._watch_the_exit()
+        os.register_at_fork(after_in_child=self._forget_signals)
         self.drain.watch()
         super().init_process()
         if self.drain.exit_code:
@@ -198,6 +199,12 @@ class Drained(Attached):
         del sig, frame
         self.drain.exit_code = 1
         self._end_now("WORKER TIMEOUT", self.cfg.worker_abort)
+
+    def _forget_signals(self) -> None:
+        """In a child that the application has forked, which is no worker: TERM ends it, and no hammer reaches our page."""
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT):
+            if getattr(signal.getsignal(each), "__self__", None) is self:
+                signal.signal(each, signal.default_int_handler if each is signal.SIGINT else signal.SIG_DFL)
 
     def _end_now(self, reason: str, hook: Any) -> None:
         self._serving = self._alive = False
