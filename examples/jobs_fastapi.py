@@ -1,4 +1,8 @@
-"""FastAPI: three ways to go on after the answer; a deploy waits for each. For UvicornWorker or ASGIWorker."""
+"""FastAPI: three ways to go on after the answer; a deploy waits for each. For UvicornWorker or ASGIWorker.
+
+    gunicorn -k gracehooks.UvicornWorker -c gunicorn.conf.py jobs_fastapi:app
+    curl -X POST localhost:8000/mails && gracehooks stop --pidfile gunicorn.pid
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -23,6 +27,12 @@ app = FastAPI(lifespan=lifespan)
 @app.get("/")
 async def index() -> str:
     return "hello from FastAPI"
+
+
+@app.get("/healthz")
+async def healthz() -> str:
+    """Asked inside each new worker before it serves (`ready_path`)."""
+    return "ok"
 
 
 @app.post("/mails", status_code=202)

@@ -1,4 +1,8 @@
-"""Flask: a view starts a plain thread and answers at once. Nothing of gracehooks is in it, and no deploy loses the mail."""
+"""Flask: a view starts a plain thread and answers at once. Nothing of gracehooks is in it, and no deploy loses the mail.
+
+    gunicorn -c gunicorn.conf.py jobs_flask:app
+    curl -X POST localhost:8000/orders/7/mail && gracehooks stop --pidfile gunicorn.pid
+"""
 
 import threading
 import time
@@ -11,6 +15,12 @@ app = Flask(__name__)
 @app.get("/")
 def index() -> str:
     return "hello from Flask\n"
+
+
+@app.get("/healthz")
+def healthz() -> str:
+    """Asked inside each new worker before it serves (`ready_path`)."""
+    return "ok\n"
 
 
 @app.post("/orders/<int:number>/mail")

@@ -142,7 +142,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 202, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b""})
 """
-CONFIG = f"gracehooks.configure(job_timeout={DELAY + 30}, probation=0.3)"
+CONFIG = f"gracehooks.configure(job_timeout={DELAY + 30}, probation=0.3, ready_timeout=60)"
 
 
 class Asker:
@@ -266,7 +266,7 @@ echo "$1 begun" >> "$2"
 sleep {SLEEP}
 echo "$1 done" >> "$2"
 """
-PATIENT = f"gracehooks.configure(job_timeout={4 * float(SLEEP) + 5})"
+PATIENT = f"gracehooks.configure(job_timeout={4 * float(SLEEP) + 5}, ready_timeout=60)"
 SUPERVISORD = """
 [supervisord]
 nodaemon = true

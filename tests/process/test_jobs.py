@@ -730,7 +730,8 @@ ROOT = Path(__file__).resolve().parents[2]
 )
 def test_the_examples_run(name: str, target: str, worker: str, paths: list[str]) -> None:
     source = (ROOT / f"examples/{name}.py").read_text()
-    with serve(files={f"{name}.py": source}, target=f"{name}:{target}", worker=worker, workers=1) as running:
+    config = 'gracehooks.configure(ready_path="/healthz")'  # as examples/gunicorn.conf.py has it
+    with serve("", config, worker, 1, files={f"{name}.py": source}, target=f"{name}:{target}") as running:
         for path in paths:
             assert running.get(path, method="GET" if path == "/exports" else "POST").status == 202
         assert running.stop() == 0
