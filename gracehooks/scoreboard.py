@@ -4,8 +4,9 @@ The worker object is made in the master before the fork, so one anonymous mappin
 system call. The worker writes; the master reads, and writes `order`. A slot is published by writing its state last and
 freed by writing that first, so a reader never sees half a slot, even when the writer was killed between two stores. The
 state of a request's slot is a count with one byte that says "taken": it has one writer, so no lock is needed on the request
-path, and the sum over the slots is the number of requests. When the slots run out the counters stay exact and only the
-names of the rest are given up.
+path, and the sum over the slots is the number of requests. A job's slot has its own counts of how its jobs ended, for the
+same reason: whoever has the slot is their one writer. When the slots run out the counters stay exact and only the names of
+the rest are given up.
 
 This module knows no server, no signal and no settings.
 """
@@ -16,7 +17,6 @@ import mmap
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -96,7 +96,7 @@ class JobInFlight:
 _PHASE, _ORDER, _READY, _REPLACE = 0, 8, 16, 24
 _HEARTBEAT = 32
 _BEGUN, _ANSWERED = 40, 48  # of the requests that found no slot
-_ACCEPTED, _OUTCOMES = 56, 64  # accepted are those that found no slot; five outcomes follow: 64 … 96
+_ACCEPTED, _OUTCOMES = 56, 64  # of the jobs that found no slot; five outcomes follow: 64 … 96
 _PHASE_SINCE = 104
 _FAILURE_SIZE, _REPORT_SIZE = 112, 120
 _LEAVING = 128
@@ -111,9 +111,11 @@ _REQUEST = struct.Struct("<qd8sH102s")
 _BEGIN = struct.Struct("<qd").pack_into  # the first two of them
 _NAME = struct.Struct("<8sH102s")  # the last three
 _REQUEST_SIZE, _PATH_ROOM = 128, 102
-_JOB = struct.Struct("=qdqq12sH82s")  # state (odd: taken), started, id, pid, kind, length of the name, name
+# State (odd: taken), started, id, pid, how many of its jobs ended in each way, kind, length of the name, name.
+_JOB = struct.Struct("=qdqq32x12sH82s")
 _JOB_NAME = struct.Struct("=12sH82s")  # the last three of them
-_JOB_SIZE, _NAME_ROOM = 128, 82
+_JOB_ID, _JOB_PID, _JOB_OUTCOMES, _JOB_NAME_AT = 2, 3, 4, 8  # in words
+_JOB_SIZE, _NAME_ROOM = 160, 82
 
 
 class Parts(NamedTuple):
@@ -145,8 +147,8 @@ class Page:
         self._jobs_named: dict[int, tuple[str, str]] = dict.fromkeys(self._job_states, ("", ""))
         # Append and pop are atomic: slots are taken by threads, without a lock.
         self._free_requests: list[int] = list(reversed(self._states))
-        self._free_jobs: deque[int] = deque(reversed(self._job_states))
-        # Counters are read-modify-write, so they have a lock; it lives in the worker alone.
+        self._free_jobs: list[int] = list(reversed(self._job_states))
+        # The counters for those without a slot are read-modify-write, so they have a lock; it lives in the worker alone.
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -334,48 +336,85 @@ class Page:
         except IndexError:
             self._count_one(_ACCEPTED)
             return -1
+        self.publish_job(slot, id, kind, name, monotonic())
+        return slot
+
+    @property
+    def take_job_slot(self) -> Callable[[], int]:
+        """For a tracker: takes a free slot, for `publish_job`; raises IndexError when there is none.
+
+        What has a slot is at work: it gives the slot back with `job_end` when all is written.
+        """
+        return self._free_jobs.pop
+
+    def publish_job(self, slot: int, id: int, kind: str, name: str, started: float) -> None:
+        """A job was accepted at `started`, and has `slot`."""
         named = self._jobs_named[slot]
         if named[1] != name or named[0] != kind:
             self._name_job(slot, kind, name)
         words = self._words
-        words[slot + 2] = id
-        words[slot + 3] = 0
-        self._times[slot + 1] = time.monotonic()
+        words[slot + _JOB_ID] = id
+        words[slot + _JOB_PID] = 0
+        self._times[slot + 1] = started
         words[slot] += 1
-        return slot
+
+    def withdraw_job(self, slot: int) -> None:
+        """Undo `publish_job`, and keep the slot: the job was refused after all."""
+        self._words[slot] -= 1
+
+    def take_every_job_slot(self) -> bool:
+        """Take all slots, when none is in use, so that no job can have one; gives whether it did."""
+        free, taken = self._free_jobs, []
+        if len(free) == len(self._job_states):
+            try:
+                while True:
+                    taken.append(free.pop())
+            except IndexError:
+                pass
+            if len(taken) < len(self._job_states):
+                free.extend(reversed(taken))
+                return False
+            return True
+        return False
 
     def _name_job(self, slot: int, kind: str, name: str) -> None:
         raw = name.encode("utf-8", "replace")[:_NAME_ROOM]
-        _JOB_NAME.pack_into(self._map, slot * 8 + 32, kind.encode("ascii", "replace")[:12], len(raw), raw)
+        at = (slot + _JOB_NAME_AT) * 8
+        _JOB_NAME.pack_into(self._map, at, kind.encode("ascii", "replace")[:12], len(raw), raw)
         self._jobs_named[slot] = (kind, name)
 
     def job_pid(self, slot: int, pid: int) -> None:
         """The job of `slot` is the child process `pid`: whoever cleans up after this worker has to know."""
         if slot >= 0:
-            self._words[slot + 3] = pid
+            self._words[slot + _JOB_PID] = pid
 
     def job_end(self, slot: int, outcome: Outcome) -> None:
         """The job of `slot` has ended so; for a job that was accepted."""
+        words = self._words
         if slot >= 0:
-            self._words[slot] += 1
+            words[slot] += 1
+            words[slot + _JOB_OUTCOMES + outcome] += 1
             self._free_jobs.append(slot)
-        with self._lock:
-            self._words[_OUTCOMES // 8 + outcome] += 1
+        else:
+            self._count_one(_OUTCOMES + 8 * outcome)
 
     def job_rejected(self) -> None:
         """A job was refused; it never counted as accepted."""
-        with self._lock:
-            self._words[_OUTCOMES // 8 + Outcome.REJECTED] += 1
+        self._count_one(_OUTCOMES + 8 * Outcome.REJECTED)
+
+    def _each_job_word(self, offset: int) -> list[int]:
+        states = self._job_states
+        return self._words[states.start + offset : states.stop : states.step].tolist()
 
     def count(self, outcome: Outcome) -> int:
         """How many jobs ended so."""
-        return self._get(_OUTCOMES + 8 * outcome)
+        slots = 0 if outcome is Outcome.REJECTED else sum(self._each_job_word(_JOB_OUTCOMES + outcome))
+        return slots + self._get(_OUTCOMES + 8 * outcome)
 
     @property
     def jobs_accepted(self) -> int:
         """How many jobs were accepted."""
-        words = self._words
-        return sum((words[slot] + 1) >> 1 for slot in self._job_states) + self._get(_ACCEPTED)
+        return sum((state + 1) >> 1 for state in self._each_job_word(0)) + self._get(_ACCEPTED)
 
     @property
     def jobs_in_flight(self) -> int:

@@ -36,6 +36,8 @@ _set_mark = tracker.mark.set
 _reset_mark = tracker.mark.reset
 _NO_CONTEXT = Context()
 
+_SUCCEEDED, _CANCELLED = Outcome.SUCCEEDED, Outcome.CANCELLED  # a look into an Enum is slow
+
 #: What `@jobs.job` said of coroutine functions, by the identity of their code.
 _options: dict[int, Options] = {}
 
@@ -88,19 +90,21 @@ class TaskWork(AsyncWork):
 
     def ended(self, task: asyncio.Task[Any]) -> None:
         """Count how a task ended that is somebody else's."""
-        if task.cancelled():
-            self.tracker.finish(self, Outcome.CANCELLED)
+        # `exception()` would mark it as retrieved, and asyncio would no more say that nobody looked at it.
+        if task._exception is not None:
+            self.tracker.finish(self, Outcome.FAILED)
         else:
-            # `exception()` would mark it as retrieved, and asyncio would no more say that nobody looked at it.
-            self.tracker.finish(self, Outcome.SUCCEEDED if task._exception is None else Outcome.FAILED)
+            self.tracker.finish(self, _CANCELLED if task.cancelled() else _SUCCEEDED)
 
     def ended_ours(self, task: asyncio.Task[Any]) -> None:
         """Count how a task of `create_task` ended; its exception is logged, once."""
-        if not task.cancelled():
+        if task._exception is not None:
             error = task.exception()
-            if error is not None:
-                log_failure(self, error)
-        self.ended(task)
+            assert error is not None
+            log_failure(self, error)
+            self.tracker.finish(self, Outcome.FAILED)
+        else:
+            self.tracker.finish(self, _CANCELLED if task.cancelled() else _SUCCEEDED)
 
 
 _TaskKind.work = TaskWork
@@ -112,7 +116,7 @@ def _create(
     found: Tracker,
     coroutine: Coroutine[Any, Any, T],
     name: str,
-    keywords: dict[str, Any],
+    keywords: dict[str, Any] | None,
     ours: bool,
 ) -> asyncio.Task[T]:
     options = _options.get(id(getattr(coroutine, "cr_code", None))) if _options else None
@@ -121,11 +125,10 @@ def _create(
     except JobRejected:
         coroutine.close()
         raise
-    assert isinstance(work, TaskWork)
     # The task copies this context; one that is given is the caller's, and stays as it is.
     token = _set_mark(work)
     try:
-        task = make(loop, coroutine, **keywords)
+        task = make(loop, coroutine, **keywords) if keywords else make(loop, coroutine)
     except BaseException:
         found.finish(work, Outcome.FAILED)
         raise
@@ -137,7 +140,7 @@ def _create(
     if options is not None and options.timeout is not None:
         timer = loop.call_later(options.timeout, work.tell)
         task.add_done_callback(lambda _: timer.cancel())
-    task.add_done_callback(work.ended_ours if ours else work.ended, context=_NO_CONTEXT)
+    task.add_done_callback(work.ended_ours if ours else work.ended, context=_NO_CONTEXT)  # type: ignore[attr-defined]
     return task
 
 
@@ -147,15 +150,17 @@ def create_task(coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -
     Raises JobRejected, and closes the coroutine, when this worker is at its end.
     """
     loop = asyncio.get_running_loop()
-    try:
-        found = tracker.require()
-    except JobRejected:
-        coroutine.close()
-        raise
+    found = tracker._current
+    if found is None:
+        try:
+            found = tracker.require()
+        except JobRejected:
+            coroutine.close()
+            raise
     make = _originals.get(type(loop)) or _original(type(loop))
     if name is None:
-        return _create(make, loop, found, coroutine, _name_of(coroutine), {}, True)
-    return _create(make, loop, found, coroutine, name, {"name": name}, True)
+        return _create(make, loop, found, coroutine, _name_of(coroutine), None, True)
+    return _create(make, loop, found, coroutine, str(name), {"name": name}, True)
 
 
 def track_task(task: asyncio.Task[Any], name: str | None) -> None:

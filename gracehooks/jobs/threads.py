@@ -45,11 +45,13 @@ _start: Callable[[threading.Thread], None] = _Thread.start
 _PLAIN = {_Thread}
 _in_request = requests._current.get
 _in_job = tracker.mark.get
+_set_mark = tracker.mark.set
+_SUCCEEDED = Outcome.SUCCEEDED  # a look into an Enum is slow
 
 
 class _ThreadKind:
     name = "thread"
-    work = Work
+    work: type[Work] = Work
 
     def cancel(self, work: Work) -> None:
         if isinstance(work.handle, Job):
@@ -332,10 +334,41 @@ def _make_call(job: Job[Any], function: Callable[..., Any], args: tuple[Any, ...
 
 
 # -- born in a request -------------------------------------------------------------------------------------------
+class ThreadWork(Work):
+    """A thread of the application's in flight, which runs as `run_as_job`."""
+
+    _run: Callable[[], None]
+
+    def run_as_job(self) -> None:
+        """What its `run` does, in the thread, and the count of how it ended."""
+        thread, run = self.handle, self._run
+        del self._run  # no cycle, and the thread has its own `run` again
+        thread.__dict__.pop("run", None)
+        _set_mark(self)
+        if _getcurrent is not None:
+            note_greenlet(thread)
+        try:
+            run()
+        except BaseException as error:
+            # threading.excepthook says it, once.
+            self.tracker.finish(self, outcome_of(error))
+            if not isinstance(error, JobCancelled):
+                raise
+        else:
+            self.tracker.finish(self, Outcome.CANCELLED if _never_fired(thread, self) else _SUCCEEDED)
+
+
+class _StartedKind(_ThreadKind):
+    work: type[Work] = ThreadWork
+
+
+STARTED = _StartedKind()
+
+
 def _patched_start(self: threading.Thread) -> None:
     if _in_job() is None and _in_request() is None:
         return _start(self)
-    found = tracker.current()
+    found = tracker._current
     if found is None or self._started.is_set() or _is_infrastructure(self):  # type: ignore[attr-defined]
         return _start(self)
     return _start_tracked(self, found, self.name)
@@ -345,7 +378,9 @@ def _is_infrastructure(thread: Any) -> bool:
     kind = type(thread)
     if is_infrastructure(thread._target) or (kind not in _PLAIN and is_infrastructure(kind)):
         return True
-    package = package_whose_own(thread) if thread.daemon else None
+    if not thread.daemon:
+        return False
+    package = package_whose_own(thread)
     if package is None:
         return False
     if package not in _said:
@@ -370,25 +405,9 @@ def _never_fired(thread: threading.Thread, work: Work) -> bool:
 
 def _start_tracked(thread: threading.Thread, found: Tracker, name: str) -> None:
     target = getattr(thread, "_target", None)
-    work = found.begin(THREAD, name, thread, options_of(target) if target is not None else None)
-    run = thread.run
-
-    def run_as_job() -> None:
-        tracker.mark.set(work)
-        note_greenlet(thread)
-        try:
-            run()
-        except BaseException as error:
-            # threading.excepthook says it, once.
-            found.finish(work, outcome_of(error))
-            if isinstance(error, JobCancelled):
-                return
-            raise
-        finally:
-            thread.__dict__.pop("run", None)
-        found.finish(work, Outcome.CANCELLED if _never_fired(thread, work) else Outcome.SUCCEEDED)
-
-    thread.run = run_as_job  # type: ignore[method-assign]
+    work: Any = found.begin(STARTED, name, thread, options_of(target) if target is not None else None)
+    work._run = thread.run
+    thread.run = work.run_as_job  # type: ignore[method-assign]
     try:
         _start(thread)
     except BaseException:

@@ -2,7 +2,8 @@
 
 What must hold:
 - `accepted = succeeded + failed + cancelled + abandoned`, at every moment when no job is in flight, on the page too;
-- "is it closed?" and "count one more" are one step under one lock: no job slips in after the end saw none;
+- no job slips in after the end saw none: every job has a slot of the page, or holds the lock while it is counted; the end
+  takes all slots and the lock before it closes; whoever has a slot looks once more when its job is there to be seen;
 - the end waits on a wake-up, not on a clock: it returns when the last job has ended, or when its deadline has passed;
 - a job that is found too late to be waited for is reported, never dropped.
 
@@ -18,13 +19,13 @@ import logging
 import math
 import os
 import threading
-import time
 from _thread import RLock
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from time import monotonic
+from typing import Any, NoReturn, Protocol
 
 from gracehooks import settings as settings_module
 from gracehooks.deadline import Deadline
@@ -157,7 +158,7 @@ class Token:
         """Whether the job was told to stop; False inside of `shield()`."""
         if self._shields:
             return False
-        return self._told or (self.timeout_at < math.inf and time.monotonic() >= self.timeout_at)
+        return self._told or (self.timeout_at < math.inf and monotonic() >= self.timeout_at)
 
     def wait(self, seconds: float | None = None) -> Any:
         """Wait until told to stop, at most `seconds` (for ever when None); gives `is_set()`.
@@ -177,7 +178,7 @@ class Token:
 
     def remaining(self) -> float:
         """Seconds until the job is given up or its own time-out falls; `math.inf` where neither is set."""
-        return max(0.0, min(self.expires, self.timeout_at) - time.monotonic())
+        return max(0.0, min(self.expires, self.timeout_at) - monotonic())
 
     def tell(self) -> None:
         """Tell the job to stop; inside of `shield()` it learns when it leaves it."""
@@ -207,25 +208,23 @@ class Token:
     def _limit(self, seconds: float | None) -> float | None:
         if self._shields or self.timeout_at == math.inf:
             return seconds
-        left = max(0.0, self.timeout_at - time.monotonic())
+        left = max(0.0, self.timeout_at - monotonic())
         return left if seconds is None else min(left, seconds)
 
 
 class Work(Token):
-    """One job in flight, which is its own token; made by `Tracker.begin`."""
+    """One job in flight, which is its own token; made by `Tracker.begin`, which sets what has no default."""
 
+    tracker: Tracker
+    kind_of: Kind
+    id: int
+    name: str
+    handle: Any
+    started: float
     on_abandon: OnAbandon | None = None
     slot = -1
     _due = False
     _delivered = False
-
-    def __init__(self, tracker: Tracker, kind: Kind, id: int, name: str, handle: Any) -> None:
-        self.tracker = tracker
-        self.kind_of = kind
-        self.id = id
-        self.name = name
-        self.handle = handle
-        self.started = time.monotonic()
 
     @property
     def kind(self) -> str:
@@ -235,7 +234,7 @@ class Work(Token):
     @property
     def age(self) -> float:
         """Seconds since it was accepted."""
-        return max(0.0, time.monotonic() - self.started)
+        return max(0.0, monotonic() - self.started)
 
     @property
     def owner(self) -> Any:
@@ -329,6 +328,8 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+_new = object.__new__
+
 #: The job that this context runs in: what is started in it is a job as well.
 mark: ContextVar[Work | None] = ContextVar("gracehooks_job", default=None)
 
@@ -342,7 +343,7 @@ class Tracker:
         settings: settings_module.Settings | None = None,
         log: Log | None = None,
     ) -> None:
-        self.page = page if page is not None else Page(requests=1, jobs=1)
+        self.page = page if page is not None else Page(requests=1, jobs=64)
         self.settings = settings if settings is not None else settings_module.current()
         self.log: Log = log if log is not None else logging.getLogger("gracehooks")
         self.pid = os.getpid()
@@ -359,43 +360,87 @@ class Tracker:
         # Re-entrant: a finalizer that the collector runs while the lock is held may end a job. And a native one, also
         # under gevent, whose threads outside of the hub end jobs too; nothing switches greenlets while it is held.
         self._lock = RLock()
+        # Every job in flight. A store and a pop are one step, and so is a copy, which is how it is read.
         self._works: dict[int, Work] = {}
+        self._take_slot = self.page.take_job_slot
+        self._publish = self.page.publish_job
+        self._end_on_page = self.page.job_end
         self._wake: Callable[[], object] | None = None
         self._stoppers: list[Callable[[], object]] = []
 
     # -- counting ------------------------------------------------------------------------------------------------
     def begin(self, kind: Kind, name: str, handle: Any = None, options: Options | None = None) -> Work:
         """Accept a job, and count it; raises JobRejected when the tracker is closed (and counts that)."""
-        if not self.counting and not self.closed:
-            return kind.work(self, kind, next(self._ids), name, handle)
-        with self._lock:
-            if self.closed:
-                self.page.job_rejected()
-                raise JobRejected(
-                    f"the {kind.name} {name!r} was not started: this worker is at its end and takes no further job"
-                )
-            work = kind.work(self, kind, next(self._ids), name, handle)
-            self._works[work.id] = work
-            work.slot = self.page.job_begin(work.id, kind.name, name)
-            if self.ending:
-                work._told = self.told
-                work.expires = self.expires
+        work = _new(kind.work)
+        work.tracker = self
+        work.kind_of = kind
+        work.id = id = next(self._ids)
+        work.name = name
+        work.handle = handle
+        work.started = started = monotonic()
+        if self.counting:
+            try:
+                work.slot = slot = self._take_slot()
+            except IndexError:
+                self._count_without_a_slot(work)
+            else:
+                self._publish(slot, id, kind.name, name, started)
+                self._works[id] = work
+                if self.ending:
+                    self._begun_late(work)
+        elif self.closed:
+            self._reject(work)
         if options is not None:
             work.on_abandon = options.on_abandon
             if options.timeout is not None:
-                work.timeout_at = work.started + options.timeout
+                work.timeout_at = started + options.timeout
         return work
+
+    def _count_without_a_slot(self, work: Work) -> None:
+        with self._lock:
+            if self.closed:
+                self._reject(work)
+            work.slot = self.page.job_begin(work.id, work.kind, work.name)
+            self._works[work.id] = work
+            self._told_late(work)
+
+    def _begun_late(self, work: Work) -> None:
+        with self._lock:
+            if self.closed:
+                # Whoever takes it out of the dictionary first decides: when the end did, it was accepted and abandoned.
+                if self._works.pop(work.id, None) is not None:
+                    self.page.withdraw_job(work.slot)
+                self._reject(work)
+            self._told_late(work)
+
+    def _told_late(self, work: Work) -> None:
+        if self.ending:
+            if self.told:
+                work._told = True
+            work.expires = self.expires
+
+    def _reject(self, work: Work) -> NoReturn:
+        self.page.job_rejected()
+        raise JobRejected(
+            f"the {work.kind} {work.name!r} was not started: this worker is at its end and takes no further job"
+        )
 
     def finish(self, work: Work, outcome: Outcome) -> bool:
         """The job has ended; False when it was counted before (it was abandoned, or ended twice)."""
-        with self._lock:
+        slot = work.slot
+        if slot >= 0:
             if self._works.pop(work.id, None) is None:
                 return False
-            self.page.job_end(work.slot, outcome)
-            if self._wake is None or self._works:
-                return True
-            wake = self._wake
-        wake()
+            self._end_on_page(slot, outcome)
+        else:
+            with self._lock:
+                if self._works.pop(work.id, None) is None:
+                    return False
+                self._end_on_page(slot, outcome)
+        # Its slot is free, and only then this is asked: whoever ends sets `_wake` and then looks at the slots.
+        wake = self._wake
+        if wake is not None and not self._works:
+            wake()
         return True
 
     def counts(self) -> dict[str, int]:
@@ -472,8 +517,8 @@ class Tracker:
     def tell_all(self, expires: float = math.inf) -> None:
         """Tell every job to stop, also those that begin from now on; `expires` is when they are given up."""
         with self._lock:
-            self.ending = self.told = True
             self.expires = expires
+            self.ending = self.told = True
             works = list(self._works.values())
         self.token.tell()
         for work in works:
@@ -483,14 +528,14 @@ class Tracker:
     def close_if_empty(self) -> bool:
         """Close when no job is in flight, in one step; gives whether it is closed."""
         with self._lock:
-            if not self._works:
-                self.closed = True
+            if not self.closed and not self._works and self.page.take_every_job_slot():
+                self.ending = self.closed = True
             return self.closed
 
     def close(self) -> list[Work]:
         """Close now; gives the jobs in flight, counted as abandoned."""
         with self._lock:
-            self.closed = True
+            self.ending = self.closed = True
             return list(self._works.values())
 
     def abandon(self) -> list[Abandoned]:
@@ -533,10 +578,10 @@ class Ending:
         tracker.stop_services()
         with tracker._lock:
             tracker._wake = wake
-            for work in tracker._works.values():
-                work.expires = deadline.at
-            tracker.ending = True
             tracker.expires = deadline.at
+            tracker.ending = True
+            for work in list(tracker._works.values()):
+                work.expires = deadline.at
 
     def step(self, clear: Callable[[], object]) -> float | None:
         """Do what is due; gives the seconds to wait for a wake-up, or None when the waiting is over."""
@@ -654,7 +699,8 @@ def adopt(tracker: Tracker | None) -> None:
 
 def forbid_in_this_process(reason: str) -> None:
     """Refuse every job from now on with `reason`: a master forks, and what runs in it would be lost or doubled."""
-    global _forbidden
+    global _current, _forbidden
+    _current = None
     _forbidden = reason
 
 

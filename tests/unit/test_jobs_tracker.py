@@ -19,6 +19,7 @@ from gracehooks.jobs import tracker
 from gracehooks.jobs.tracker import Abandoned, JobCancelled, Options, Tracker, Work
 from gracehooks.scoreboard import Outcome, Page
 from gracehooks.settings import Settings
+from tests.kit.waiting import eventually
 from tests.unit.jobs_bench import balanced, end, request, worker
 
 
@@ -133,6 +134,53 @@ def test_no_job_slips_in_between_closed_and_count(found: Tracker, kind: Fake) ->
     counts = balanced(found)
     assert counts["accepted"] == len(accepted)
     assert counts["rejected"] == len(rejected) == 4
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+@pytest.mark.parametrize("forced", [False, True], ids=["when empty", "by force"])
+def test_whatever_a_race_for_the_last_moment_brings_each_job_is_counted_once(
+    kind: Fake, slots: int, forced: bool
+) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(15):
+            found = Tracker(Page(1, slots), Settings())
+            accepted, ended, abandoned = [], [], []
+            go = threading.Event()
+
+            def work(found: Tracker = found, accepted: list = accepted, ended: list = ended, go: object = go) -> None:
+                go.wait()
+                try:
+                    for _ in range(200):
+                        job = found.begin(kind, "j")
+                        accepted.append(job.id)
+                        if found.finish(job, Outcome.SUCCEEDED):
+                            ended.append(job.id)
+                except JobRejected:
+                    return
+
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for each in threads:
+                each.start()
+            go.set()
+            if forced:
+                abandoned = [job.id for job in found.close() if found.finish(job, Outcome.ABANDONED)]
+            else:
+                eventually(found.close_if_empty, poll=0.0)
+                counts = found.counts()
+                assert counts["accepted"] == counts["succeeded"], "it was closed, so it was empty"
+            for each in threads:
+                each.join()
+            counts = balanced(found)
+            assert counts["succeeded"] == len(ended) == len(set(ended))
+            assert counts["abandoned"] == len(abandoned)
+            assert set(accepted) <= {*ended, *abandoned}
+            with pytest.raises(JobRejected):
+                found.begin(kind, "late")
+            assert found.page.jobs() == []
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_on_abandon_is_called_and_cannot_hold_the_end(found: Tracker, kind: Fake) -> None:
