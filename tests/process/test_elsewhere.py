@@ -1,0 +1,71 @@
+"""Where there is no Linux: it imports, runs and upgrades without what only Linux has, feature by feature.
+
+No such machine is at hand: tests/kit/elsewhere takes the features away from every process of the server. What stays
+untried is what another kernel does differently.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kit import load, serve
+
+ROOT = Path(__file__).parents[2]
+ENVIRON = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/kit/elsewhere"), str(ROOT)])}
+CLASSES = ["Worker", "SyncWorker", "GeventWorker", "ASGIWorker", "UvicornWorker"]
+IMPORT_ALL = """
+import importlib, os, pkgutil, select, signal, socket, gracehooks
+assert not os.path.exists("/proc/self"), "the features are still there"
+assert not any(hasattr(*each) for each in [(os, "pidfd_open"), (os, "waitid"), (select, "epoll"), (signal, "pidfd_send_signal")])
+for each in pkgutil.walk_packages(gracehooks.__path__, "gracehooks."):
+    if not each.name.endswith("__main__"):
+        importlib.import_module(each.name)
+print(len([*gracehooks.__all__, *(getattr(gracehooks, name) for name in gracehooks.__all__)]))
+"""
+
+
+def elsewhere(*words: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, **ENVIRON, "WITH": "gevent"}
+    return subprocess.run(
+        [sys.executable, *words], env=environ, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_every_module_is_imported() -> None:
+    done = elsewhere("-c", IMPORT_ALL)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", CLASSES if os.environ.get("TEST_FULL") else ["Worker", "UvicornWorker"])
+def test_it_upgrades_rolls_back_reloads_and_stops(name: str) -> None:
+    kinds = ("new",) if name == "SyncWorker" else ("new", "keepalive", "upload")
+    with serve(worker=f"gracehooks.{name}", env={**ENVIRON, "WITH": name.lower()}) as server:
+        with load(server, kinds=kinds, clients=3) as traffic:
+            traffic.wait(20)
+            assert server.upgrade()["event"] == "UpgradeCompleted"
+            assert "Traceback" not in server.log()
+            sound = (server.dir / "app.py").read_text()
+            server.write("app.py", "raise RuntimeError('no such luck')\n")
+            assert server.upgrade()["event"] == "UpgradeRolledBack"
+            server.write("app.py", sound)
+            assert server.reload()["event"] == "UpgradeCompleted"
+            before = server.pid
+            done = elsewhere("-m", "gracehooks", "upgrade", "--pidfile", str(server.pidfile))
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert server.pid != before
+            traffic.wait(20)
+        assert not traffic.lost, traffic.table()
+        assert server.stop() == 0
+        assert server.history()[-1]["outcome"] == "completed"
+
+
+def test_a_job_is_waited_for() -> None:
+    with serve(env=ENVIRON) as server:
+        assert server.get("/job?s=2").status == 200
+        assert server.stop() == 0
+        assert list(server.dir.glob("job-*.done")), "the stop did not wait for the job"
