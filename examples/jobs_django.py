@@ -1,7 +1,9 @@
 """Django: a view hands work to `jobs.submit`, which can be told to stop and may use the database.
 
-gunicorn -c gunicorn.conf.py jobs_django:application
-curl localhost:8000/exports && gracehooks stop --pidfile gunicorn.pid
+    gunicorn -c gunicorn.conf.py jobs_django:application
+    curl localhost:8000/exports && gracehooks stop --pidfile gunicorn.pid
+
+The stop waits for the export.
 """
 
 import time

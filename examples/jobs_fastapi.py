@@ -1,7 +1,9 @@
 """FastAPI: three ways to go on after the answer; a deploy waits for each. For UvicornWorker or ASGIWorker.
 
-gunicorn -k gracehooks.UvicornWorker -c gunicorn.conf.py jobs_fastapi:app
-curl -X POST localhost:8000/mails && gracehooks stop --pidfile gunicorn.pid
+    gunicorn -k gracehooks.UvicornWorker -c gunicorn.conf.py jobs_fastapi:app
+    curl -X POST localhost:8000/mails && gracehooks stop --pidfile gunicorn.pid
+
+The stop waits for the mail.
 """
 
 import asyncio

@@ -1,7 +1,9 @@
 """Flask: a view starts a plain thread and answers at once. Nothing of gracehooks is in it, and no deploy loses the mail.
 
-gunicorn -c gunicorn.conf.py jobs_flask:app
-curl -X POST localhost:8000/orders/7/mail && gracehooks stop --pidfile gunicorn.pid
+    gunicorn -c gunicorn.conf.py jobs_flask:app
+    curl -X POST localhost:8000/orders/7/mail && gracehooks stop --pidfile gunicorn.pid
+
+The stop waits for the mail.
 """
 
 import threading
