@@ -689,8 +689,8 @@ def _one_end(running: Server, chance: random.Random) -> None:
 
 def _ready(running: Server) -> list[int]:
     """The workers that have told their master so; one may be leaving already."""
-    ready = {event["worker"] for event in running.events() if event["event"] == "WorkerReady"}
-    return [pid for pid in running.workers() if pid in ready]
+    last = {event["worker"]: event["event"] for event in running.events() if "worker" in event}  # pids come again
+    return [pid for pid in running.workers() if last.get(pid) == "WorkerReady"]
 
 
 def _compare(running: Server) -> None:
