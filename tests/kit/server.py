@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gracehooks.demo import clients
 from tests.kit import apps, processes
 from tests.kit.waiting import Late, eventually
 
@@ -82,6 +83,7 @@ class Address:
     host: str = ""
     port: int = 0
     path: str = ""
+    tls: bool = False
 
     def connect(self, timeout: float = 60.0) -> socket.socket:
         """A new connection."""
@@ -91,7 +93,7 @@ class Address:
             connection = socket.socket(socket.AF_INET6 if self.family == "tcp6" else socket.AF_INET)
         connection.settimeout(timeout)
         connection.connect(self.path if self.family == "unix" else (self.host, self.port))
-        return connection
+        return clients.TLS.wrap_socket(connection) if self.tls else connection
 
     def __str__(self) -> str:
         if self.family == "unix":
@@ -429,6 +431,15 @@ def hold_port(family: int, host: str) -> socket.socket:
     return held
 
 
+def _make_certificate(directory: Path) -> None:
+    """A certificate for localhost and its key, as `cert.pem` and `key.pem`."""
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    files = ["-keyout", str(directory / "key.pem"), "-out", str(directory / "cert.pem")]
+    command = ["openssl", "req", "-x509", *kind, *files, "-subj", "/CN=localhost"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @contextmanager
 def serve(
     app: str = "",
@@ -448,6 +459,7 @@ def serve(
     cwd: str = "",
     prepare: Callable[[Path], object] | None = None,
     leftovers: bool = False,
+    tls: bool = False,
 ) -> Iterator[Server]:
     """A real gunicorn, serving.
 
@@ -457,7 +469,8 @@ def serve(
     block begins; None does not wait. `command` replaces the whole command line (`{config}`, `{target}`, `{address}` and
     `{directory}` stand for the file, the application, where to listen, and the server's directory). `cwd` is where it is
     started, below its directory, and may go through a symbolic link; `prepare` makes what must be there before.
-    `leftovers` allows processes to outlive a clean stop (they are killed all the same).
+    `leftovers` allows processes to outlive a clean stop (they are killed all the same). `tls` makes a certificate, and the
+    server and its clients speak TLS.
     """
     processes.be_subreaper()
     directory = Path(tempfile.mkdtemp(prefix="gracekit-")).resolve()
@@ -467,7 +480,7 @@ def serve(
     else:
         family, host = (socket.AF_INET6, "::1") if bind == "tcp6" else (socket.AF_INET, "127.0.0.1")
         held = hold_port(family, host)
-        address = Address("tcp6" if bind == "tcp6" else "tcp", host, held.getsockname()[1])
+        address = Address("tcp6" if bind == "tcp6" else "tcp", host, held.getsockname()[1], tls=tls)
     name = worker or ""
     asynchronous = any(part in name.lower() for part in ("asgi", "uvicorn"))
     threaded = name in ("gracehooks.Worker", "gthread")
@@ -480,6 +493,9 @@ def serve(
         control=str(directory / "gunicorn.ctl"),
         events=str(directory / "events.jsonl"),
     )
+    if tls:
+        head += "certfile, keyfile = 'cert.pem', 'key.pem'\n"
+        _make_certificate(directory)
     (directory / "app.py").write_text(textwrap.dedent(app) if app else (apps.ASGI if asynchronous else apps.WSGI))
     (directory / "gunicorn.conf.py").write_text(head + textwrap.dedent(config))
     for each, text in (files or {}).items():

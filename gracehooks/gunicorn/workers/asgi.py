@@ -21,6 +21,7 @@ import struct
 import time
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import gunicorn
@@ -52,6 +53,8 @@ __all__ = ["ASGIWorker"]
 CLOSE = (b"connection", b"close")
 #: How long after the first GOAWAY, which refuses nothing yet, the second one names the last stream, in seconds.
 GOAWAY_AFTER = 1.0
+#: How long the last of it may take to be written, in seconds.
+GOAWAY_WITHIN = 0.2
 #: How often it is looked whether the streams of a connection have ended, in seconds.
 STREAMS_PACE = 0.02
 SERVICE_RESTART = 1012
@@ -663,10 +666,14 @@ async def _go_away(protocol: Any) -> None:
     # gunicorn then does what it does after the peer's GOAWAY: the streams end, new ones are refused, the end.
     connection.peer_last_stream_id = last
     connection.draining = True
+    connection.close = partial(connection.close, last_stream_id=last)
     while not protocol._closed and (protocol.streams or connection.streams or getattr(protocol, "_h2_tasks", ())):
         await asyncio.sleep(STREAMS_PACE)
     if not protocol._closed:
-        await connection.close()
+        try:
+            await asyncio.wait_for(connection.close(), GOAWAY_WITHIN)
+        except asyncio.TimeoutError:
+            pass  # before 27 it waits for what its stream never hears of
         protocol._close_transport()
 
 

@@ -229,6 +229,10 @@ class Drained(Attached):
             except OSError:
                 pass  # full: it will wake anyway
 
+    def has_left(self) -> bool:
+        """Whether gunicorn's own loop is over: what the worker does now is its last."""
+        return not self.alive
+
     def unread(self) -> int:
         """How many connections have begun to send a request that was not read to its end; a class that knows says it."""
         return 0

@@ -26,7 +26,7 @@ from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 
 from gracehooks.gunicorn.workers.drained import Drained, announce
-from gracehooks.gunicorn.workers.http2 import goaway_at_the_end
+from gracehooks.gunicorn.workers.http2 import end_well
 from gracehooks.gunicorn.workers.sockets import (
     AGAIN,
     NO_ROOM,
@@ -76,6 +76,8 @@ class TLSSocket(gevent_ssl.SSLSocket):
 class Server(StreamServer):
     """gevent's own, with connections of ours."""
 
+    handle: Any
+
     def do_read(self) -> Any:
         """Accept one connection; None when there is none."""
         listener = self.socket
@@ -84,6 +86,12 @@ class Server(StreamServer):
         except BlockingIOError:
             return None
         return Socket(listener.family, listener.type, listener.proto, fileno=descriptor), address
+
+    def close(self) -> None:
+        """Close the listener, and serve those all the same whose TLS handshake is under way: gevent's forgets how."""
+        handle = self.handle
+        super().close()
+        self.handle = handle
 
 
 class Connection:
@@ -282,7 +290,7 @@ class GeventWorker(Drained, ggevent.GeventWorker):
 
     def handle_http2(self, *args: Any, **kwargs: Any) -> Any:
         """An HTTP/2 connection: it waits in a read of its own."""
-        goaway_at_the_end()
+        end_well(self.has_left)
         self.connections[gevent.getcurrent()].http2 = True
         return super().handle_http2(*args, **kwargs)
 

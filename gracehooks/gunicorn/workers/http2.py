@@ -1,40 +1,80 @@
-"""HTTP/2 on gunicorn's WSGI workers (from 24 on): the GOAWAY that a worker says when it leaves.
+"""HTTP/2 on gunicorn's WSGI workers (from 24 on): what a worker that leaves still serves, and the GOAWAY that it says then.
 
-gunicorn asks its connection for what is queued with `receive_data(b"")`, which 27.0 takes for the end of the connection: the
-queued requests are dropped, and GOAWAY is not sent. Without it a client does not know which of its requests were served.
-It relies on `HTTP2ServerConnection.receive_data`, `pending_requests`, `_deferred_events`, `idle_timeout` and `close`
-(tests/contract/test_http2.py).
+What must hold: every stream that has reached the worker when it is told to leave is served, though they are served one
+after the other; then comes a GOAWAY that names the last of them, so a client knows which of its requests it may ask again.
+gunicorn by itself reads no more once it leaves; before 27 it says no GOAWAY at all on some paths, and 27 names none.
+
+It relies on `HTTP2ServerConnection.receive_data`, `close`, `is_closed`, `streams`, `sock`, `h2_conn`, and where there are
+`pending_requests`, `_deferred_events`, `idle_timeout` (tests/contract/test_http2.py).
 """
 
 from __future__ import annotations
 
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from gunicorn.http.errors import NoMoreData
+
 from gracehooks.gunicorn.workers.sockets import readable
 
-__all__ = ["goaway_at_the_end", "wait_in_the_open"]
+__all__ = ["end_well", "wait_in_the_open"]
+
+#: How many further streams of one connection are served once the worker leaves: as many as a client may have had under way
+#: (SETTINGS_MAX_CONCURRENT_STREAMS). One that goes on asking is told GOAWAY then.
+MOST = 100
 
 
-def goaway_at_the_end() -> None:
-    """Mend the class, once, in this process."""
+def end_well(leaving: Callable[[], bool]) -> None:
+    """Mend gunicorn's connection, once, in this process; `leaving` says whether the worker leaves."""
     from gunicorn.http2.connection import HTTP2ServerConnection
 
     stock = HTTP2ServerConnection.receive_data
     if hasattr(stock, "gracehooks"):
         return
 
-    def receive_data(connection: Any, data: bytes | None = None) -> Any:
-        if data == b"":
-            if not connection.pending_requests:
-                return []
-            data = None
-        return stock(connection, data)
+    def receive_data(connection: Any, data: bytes | None = None) -> Iterable[Any]:
+        if data == b"":  # 27 asks so for what is queued, and takes it for the end of the connection
+            return stock(connection, None) if _queued(connection) else []
+        try:
+            found = stock(connection, data)
+        except Exception as error:
+            if not leaving() or not isinstance(error.__context__ or error, TimeoutError):
+                raise
+            connection.close()  # it was idle, and its wait was ended for that
+            return []
+        return _and_what_follows(connection, found, stock, leaving)
+
+    stock_close = HTTP2ServerConnection.close
+
+    def close(connection: Any, error_code: int = 0, last_stream_id: int | None = None) -> None:
+        last = connection.h2_conn.highest_inbound_stream_id if last_stream_id is None else last_stream_id
+        stock_close(connection, error_code, last)
 
     receive_data.gracehooks = True  # type: ignore[attr-defined]
-    HTTP2ServerConnection.receive_data = receive_data
+    HTTP2ServerConnection.receive_data, HTTP2ServerConnection.close = receive_data, close
+
+
+def _and_what_follows(
+    connection: Any, found: Iterable[Any], stock: Callable[..., Any], leaving: Callable[[], bool]
+) -> Iterator[Any]:
+    yield from found
+    served = 0
+    while leaving() and not connection.is_closed:
+        if served >= MOST or not (_queued(connection) or connection.streams or readable(connection.sock)):
+            connection.close()
+            return
+        try:
+            for request in stock(connection, None):
+                served += 1
+                yield request
+        except NoMoreData:
+            return  # the next read meets it again, where gunicorn expects it
+
+
+def _queued(connection: Any) -> bool:
+    return bool(getattr(connection, "pending_requests", ()) or getattr(connection, "_deferred_events", ()))
 
 
 def wait_in_the_open(connection: Any, left: int) -> None:
@@ -43,15 +83,17 @@ def wait_in_the_open(connection: Any, left: int) -> None:
 
 
 def _receive(connection: Any, stock: Callable[..., Any], left: int, data: bytes | None = None) -> Any:
-    if data is not None or connection.pending_requests or connection._deferred_events or readable(connection.sock):
+    if data is not None or _queued(connection) or readable(connection.sock):
         return stock(data)
     poll = select.poll()
     poll.register(connection.sock, select.POLLIN)
     poll.register(left, select.POLLIN)
-    idle = connection.idle_timeout
+    idle = getattr(connection, "idle_timeout", None)
     ready = {descriptor for descriptor, _ in poll.poll(idle * 1000 if idle else None)}
     if connection.sock.fileno() in ready:
         return stock(None)
-    if not ready and not connection.streams:
+    if not connection.streams:
         connection.close()
+    elif ready:
+        return stock(None)  # an upload is under way: it comes to its end
     return []

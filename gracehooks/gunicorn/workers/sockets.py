@@ -1,4 +1,7 @@
-"""Looking at connections and closing them, for the worker classes that do it themselves."""
+"""Looking at connections and closing them, for the worker classes that do it themselves; and TLS without waiting.
+
+It relies on gunicorn's `sock.ssl_wrap_socket` being looked up in its module (tests/contract/test_tls.py).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import termios
 import time
 from typing import Any
 
+from gunicorn import sock as stock
+
 from gracehooks.drain.watchdog import native
 
 __all__ = [
@@ -20,8 +25,10 @@ __all__ = [
     "close_in_steps",
     "ended",
     "readable",
+    "shake",
     "unread",
     "unread_body",
+    "wrap_once",
 ]
 
 #: What `accept` may fail with although there may be another connection.
@@ -65,6 +72,28 @@ def unread(sock: Any) -> bool:
         return fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NONE) != _NONE
     except (OSError, ValueError):
         return False
+
+
+def wrap_once() -> None:
+    """Have gunicorn, in this process, leave a connection as it is that speaks TLS already."""
+    wrap = stock.ssl_wrap_socket
+    if not hasattr(wrap, "gracehooks"):
+
+        def ssl_wrap_socket(sock: Any, conf: Any) -> Any:
+            return sock if isinstance(sock, ssl.SSLSocket) else wrap(sock, conf)
+
+        ssl_wrap_socket.gracehooks = True  # type: ignore[attr-defined]
+        stock.ssl_wrap_socket = ssl_wrap_socket
+
+
+def shake(sock: ssl.SSLSocket) -> bool:
+    """Take the handshake as far as what has arrived allows, without waiting; whether it is over. Raises OSError."""
+    sock.setblocking(False)
+    try:
+        sock.do_handshake()
+    except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        return False
+    return True
 
 
 def ended(sock: Any) -> bool:

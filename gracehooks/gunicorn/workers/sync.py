@@ -14,15 +14,27 @@ import _socket
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from typing import Any, NamedTuple
 
+from gunicorn import sock as stock_sock
 from gunicorn import util
 from gunicorn.workers import sync
 
 from gracehooks.gunicorn.workers.drained import Drained
-from gracehooks.gunicorn.workers.sockets import AGAIN, NO_ROOM, Named, ended, readable, unread, unread_body
+from gracehooks.gunicorn.workers.sockets import (
+    AGAIN,
+    NO_ROOM,
+    Named,
+    ended,
+    readable,
+    shake,
+    unread,
+    unread_body,
+    wrap_once,
+)
 
 __all__ = ["SyncWorker"]
 
@@ -72,6 +84,7 @@ class SyncWorker(Drained, sync.SyncWorker):
         """gunicorn's loop; connections know their listeners by name."""
         self._names = {listener: Named(listener) for listener in self.sockets}
         self._thread = threading.get_ident()
+        wrap_once()
         super().run()
 
     def accept(self, listener: Any) -> None:
@@ -79,8 +92,9 @@ class SyncWorker(Drained, sync.SyncWorker):
         if self._lobby or len(self._closing) > MANY:
             self._poll(0.0, ())
         client, address = listener.accept()
-        client.setblocking(True)
         util.close_on_exec(client)
+        if self.cfg.is_ssl and not self.cfg.do_handshake_on_connect:
+            client = stock_sock.ssl_wrap_socket(client, self.cfg)
         if self._speaks(client):
             self._serve(self._names[listener], client, address)
             return
@@ -89,26 +103,22 @@ class SyncWorker(Drained, sync.SyncWorker):
 
     def _speaks(self, client: Any) -> bool:
         """Whether the client sends its first byte within PATIENCE; a worker that leaves has none."""
-        try:
-            client.recv(1, AT_ONCE)
+        if _has_spoken(client):
             return True
-        except BlockingIOError:
-            pass
-        except OSError:
-            return True  # it is broken: whoever reads it will see
         poll = select.poll()
         poll.register(client, select.POLLIN)
         poll.register(self.PIPE[0], select.POLLIN)
         until = time.monotonic() + PATIENCE
         while not self.drain.leaving and (left := until - time.monotonic()) > 0:
             ready = [descriptor for descriptor, _ in poll.poll(left * 1000)]
-            if client.fileno() in ready:
+            if client.fileno() in ready and _has_spoken(client):
                 return True
             self._empty_pipe()
         return False
 
     def _serve(self, listener: Any, client: Any, address: Any) -> None:
         self._serving_one = True
+        client.setblocking(True)
         try:
             self.handle(listener, client, address)
         finally:
@@ -151,7 +161,10 @@ class SyncWorker(Drained, sync.SyncWorker):
             if ended(self._closing[descriptor][0]):
                 self._closing.pop(descriptor)[0].close()
         for descriptor in [each for each in self._lobby if each in found]:
-            waiting = self._lobby.pop(descriptor)
+            waiting = self._lobby[descriptor]
+            if not _has_spoken(waiting.client):
+                continue
+            del self._lobby[descriptor]
             self._serve(waiting.listener, waiting.client, waiting.address)
         return found
 
@@ -188,7 +201,7 @@ class SyncWorker(Drained, sync.SyncWorker):
 
     def unread(self) -> int:
         """Connections of the lobby that have sent something, and one whose request has not arrived to its end."""
-        lobby = sum(1 for each in list(self._lobby.values()) if readable(each.client))
+        lobby = sum(1 for each in list(self._lobby.values()) if _has_spoken(each.client))
         return lobby + int(self._serving_one and not self.drain.in_flight)
 
     # -- leaving -------------------------------------------------------------------------------------------------------
@@ -231,3 +244,16 @@ class SyncWorker(Drained, sync.SyncWorker):
                 listener.close()
             self.sockets = []
             self.drain.accepting_ended()
+
+
+def _has_spoken(client: Any) -> bool:
+    """Whether a request has begun to arrive, or there is something else to see: the end, or an error. Does not wait."""
+    try:
+        if isinstance(client, ssl.SSLSocket):
+            return shake(client) and readable(client)
+        client.recv(1, AT_ONCE)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # it is broken: whoever reads it will see
+    return True

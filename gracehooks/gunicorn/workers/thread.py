@@ -25,11 +25,22 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
+from gunicorn import sock as stock_sock
 from gunicorn.workers import gthread
 
 from gracehooks.gunicorn.workers.drained import Drained, announce
-from gracehooks.gunicorn.workers.http2 import goaway_at_the_end, wait_in_the_open
-from gracehooks.gunicorn.workers.sockets import AGAIN, EMPTY, NO_ROOM, ended, readable, unread, unread_body
+from gracehooks.gunicorn.workers.http2 import end_well, wait_in_the_open
+from gracehooks.gunicorn.workers.sockets import (
+    AGAIN,
+    EMPTY,
+    NO_ROOM,
+    ended,
+    readable,
+    shake,
+    unread,
+    unread_body,
+    wrap_once,
+)
 
 __all__ = ["Worker"]
 
@@ -88,6 +99,7 @@ class Worker(Drained, gthread.ThreadWorker):
     def run(self) -> None:
         """gunicorn's loop, woken by signals at once instead of within a second."""
         announce(self.drain)
+        wrap_once()
         self.poller.register(self.PIPE[0], selectors.EVENT_READ, self._woken)
         super().run()
 
@@ -127,7 +139,8 @@ class Worker(Drained, gthread.ThreadWorker):
 
     def _await_first_byte(self, conn: Any) -> None:
         wait = FIRST_BYTE + self.cfg.keepalive if self.alive else self.drain.linger(used=False)
-        conn.timeout = time.monotonic() + wait
+        if conn.timeout is None:  # else its handshake came in pieces, and the time is that of the first one
+            conn.timeout = time.monotonic() + wait
         conn.sock.setblocking(False)
         with self._guard:
             self.pending_conns.append(conn)
@@ -150,16 +163,27 @@ class Worker(Drained, gthread.ThreadWorker):
 
     def handle(self, conn: Any) -> Any:
         """Serve the connection; over TLS only when it has sent more than its handshake, else no thread waits for it."""
-        if self.cfg.is_ssl and not hasattr(conn, "shaken"):
-            conn.shaken = True
-            try:
-                conn.init()
-                conn.sock.do_handshake()
-                if not getattr(conn, "is_http2", False) and not readable(conn.sock):
-                    return SILENT
-            except OSError:
-                pass  # gunicorn's own code meets it again, and knows what to say
+        if self.cfg.is_ssl and not hasattr(conn, "shaken") and not self._shake(conn):
+            return SILENT
         return super().handle(conn)
+
+    def _shake(self, conn: Any) -> bool:
+        """Go on with the handshake, as far as what has arrived takes it; whether the connection has sent more than that."""
+        try:
+            if not self.cfg.do_handshake_on_connect:
+                conn.sock = stock_sock.ssl_wrap_socket(conn.sock, self.cfg)
+                if not shake(conn.sock):
+                    return False
+            conn.init()
+            if getattr(conn, "is_http2", False) or readable(conn.sock):
+                conn.shaken = True
+                return True
+        except OSError:
+            conn.shaken = True
+            return True  # gunicorn's own code meets it again, and knows what to say
+        conn.shaken = True
+        conn.timeout = None
+        return False
 
     def finish_request(self, *args: Any) -> None:
         """A thread is done with a connection: keep it for the next request, or close it.
@@ -294,7 +318,7 @@ class Worker(Drained, gthread.ThreadWorker):
 
     def handle_http2(self, conn: Any) -> Any:
         """An HTTP/2 connection: one that is idle when the drain begins gets its GOAWAY then, not at its time-out."""
-        goaway_at_the_end()
+        end_well(self.has_left)
         wait_in_the_open(conn.parser, self._left[0])
         return super().handle_http2(conn)
 
