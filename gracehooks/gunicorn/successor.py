@@ -99,6 +99,7 @@ class ReexecHost:
         self._served: set[int] = set()
         self._serving: set[int] = set()
         self._failure = ""
+        self._when = "while booting"  #: for the reason of its death
         self._status: int | None = None
         self._told_end = False  #: of the channel, while the process lives
         self._told_death = False
@@ -233,11 +234,13 @@ class ReexecHost:
                 self._serving.update(message.get("serving", ()))
                 self._ready, self._workers = message["ready"], message["workers"]
                 if said == "ready":
+                    self._when = "in its probation"
                     yield Fact(Happened.ALL_READY)
             elif said == "failed":
                 self._failure = message["reason"]
                 yield Fact(Happened.FAILED, self._failure)
             elif said == "committed":
+                self._when = "while it served"
                 yield Fact(Happened.COMMITTED)
             elif said == "superseded":
                 yield Fact(Happened.SUPERSEDED)
@@ -267,7 +270,9 @@ class ReexecHost:
 
     def _death(self) -> str:
         how, words = processes.describe_status(self._status or 0), last_words(self._said)
-        return f"ended with {how} while booting" + (f": {words}" if words else "")
+        if self._when == "while it served":
+            words = ""  # its log, by now
+        return f"ended with {how} {self._when}" + (f": {words}" if words else "")
 
     # -- what it is told ---------------------------------------------------------------------------------------
     def commit(self) -> None:

@@ -32,11 +32,15 @@ mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /run/systemd
+{bind}
 export container=lab SYSTEMD_UNIT_PATH={units} SYSTEMD_GENERATOR_PATH={none} SYSTEMD_COLORS=0
 {libraries}
 export SYSTEMD_LOG_TARGET=console SYSTEMD_LOG_LEVEL=info
 exec {systemd} --system --unit=multi-user.target --show-status=no
 """
+
+#: The root directory of another systemd to be booted, whose programs find their libraries by themselves (patchelf(1)).
+OTHER = os.environ.get("TEST_SYSTEMD", "")
 
 #: What other units lean on, empty.
 _TARGETS = (
@@ -92,6 +96,8 @@ def version(systemd: str | Path, libraries: Path | None = None) -> int:
 
 def _at_least(wanted: int) -> tuple[str, str, Path | None]:
     """systemd, systemctl and their libraries: the host's, or the one that was fetched."""
+    if OTHER:  # systemd 255 and newer start their helpers by absolute paths: see _INIT
+        return f"{OTHER}/usr/lib/systemd/systemd", f"{OTHER}/usr/bin/systemctl", None
     host = needs("systemd")
     if version(host) >= wanted:
         return host, needs("systemctl"), None
@@ -144,9 +150,10 @@ def booted(directory: Path, at_least: int = 0) -> Iterator[Systemd]:
     for name in _TARGETS:
         (units / f"{name}.target").write_text(f"[Unit]\nDescription={name}\nDefaultDependencies=no\n")
     load = f"export LD_LIBRARY_PATH={libraries}" if libraries else ""
+    bind = f"mount --bind {OTHER}/usr/lib/systemd /usr/lib/systemd" if OTHER else ""
     control = ["env", f"LD_LIBRARY_PATH={libraries}", systemctl] if libraries else [systemctl]
     init = directory / "init.sh"
-    init.write_text(_INIT.format(units=units, none=none, systemd=systemd, libraries=load))
+    init.write_text(_INIT.format(units=units, none=none, systemd=systemd, libraries=load, bind=bind))
     with open(directory / "boot.log", "wb") as log:
         outside = subprocess.Popen(
             ["sh", "-c", f"echo $$ > {group}/cgroup.procs && exec unshare -fpmuinC --kill-child sh {init}"],

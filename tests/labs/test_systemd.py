@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit import apps, eventually, load
+from tests.kit import Traffic, apps, eventually, load
 from tests.kit.server import Address
 from tests.labs.booted import Systemd, booted
 
@@ -142,6 +142,11 @@ def cleared(site: Site) -> Iterator[Site]:
         print(site.log()[-20000:])
 
 
+def told(what: str, traffic: Traffic) -> None:
+    """The figures, for `pytest -s`."""
+    print(f"\n{what}: {len(traffic.lost)} lost of {traffic.answered + len(traffic.lost)}")
+
+
 @pytest.mark.parametrize("site", ["bind"], indirect=True)
 def test_upgrades_keep_the_unit_active_and_its_main_pid_right(site: Site) -> None:
     machine = site.machine
@@ -182,6 +187,7 @@ def test_upgrades_keep_the_unit_active_and_its_main_pid_right(site: Site) -> Non
         assert machine.ctl("is-active", "gunicorn.service").returncode == 0
         traffic.wait(20)
     assert not traffic.lost, traffic.table()
+    told(f"{UPGRADES} upgrades, by systemctl reload and gracehooks upgrade in turns, each fourth broken", traffic)
     # the stop waits for a job, and ends within its time
     site.get("/job?s=2")
     began = time.monotonic()
@@ -220,6 +226,19 @@ def test_the_socket_stays_open_whatever_becomes_of_the_service(site: Site) -> No
     # what the killed workers held is lost; not one connection was refused
     assert not [each for each in traffic.lost if each["outcome"] == "refused"], traffic.table()
     assert len(traffic.lost) <= 3 * 2, traffic.table()
+    told("a SIGKILL to the master, socket activation", traffic)
+    # `systemctl kill` is a TERM to every process at once, and Restart=always brings the unit back
+    before = site.main
+    with load(site.address, ("new",), clients=3, think=0.03, path="/sleep?s=0.2") as traffic:
+        traffic.wait(10)
+        machine.do("kill", "gunicorn.service")
+        eventually(
+            lambda: site.main not in (0, before) and site.show("ActiveState")["ActiveState"] == "active",
+            what="the restart after systemctl kill",
+        )
+        traffic.wait(10)
+    assert not traffic.lost, traffic.table()
+    told("systemctl kill, socket activation", traffic)
     # a stop leaves what waits to the next start
     machine.do("stop", "gunicorn.service")
     with socket.socket(socket.AF_UNIX) as waiting:
@@ -264,7 +283,7 @@ def test_an_old_master_that_serves_again_is_followed_again(site: Site) -> None:
         assert slow.recv(65536).startswith(b"HTTP/1.0 200")
     assert site.get("/fast") == b"ok"
     assert site.show("NRestarts", "ActiveState") == {"NRestarts": "0", "ActiveState": "active"}
-    site.text_becomes("^Generation 1 serves.*taken back")
+    site.text_becomes("^Generation 1 serves.*taken back: ended with SIGKILL while it served")
     machine.do("stop", "gunicorn.service")
     assert site.show("Result")["Result"] == "success"
 
@@ -335,5 +354,6 @@ def test_notify_reload_waits_for_the_verdict(newer: Systemd, tmp_path: Path, kin
                     site.text_becomes(rf"^Generation {serves if kind == 'upgrade' else 1} serves with 2 workers")
             traffic.wait(20)
         assert not traffic.lost, traffic.table()
+        told(f"{UPGRADES} times systemctl reload of Type=notify-reload ({kind}), each fourth broken", traffic)
         newer.do("stop", "gunicorn.service")
         assert site.show("Result")["Result"] == "success"
