@@ -234,7 +234,7 @@ class Walk:
         self.settle()
         self.pause(0.5)
         while self.wanted != WORKERS:
-            self.workers_by(WORKERS - self.wanted)
+            self.one_worker(more=self.wanted < WORKERS)
             self.settle()
         self.footprints.append(self.look_at_footprint())
         self.tell("the last stop")
@@ -250,9 +250,9 @@ class Walk:
         elif act == "broken reload":
             self.replace("reload", chance.choice(["raises", "exits", "dies", "config"]))
         elif act == "more workers" and self.wanted < 4:
-            self.workers_by(1)
+            self.one_worker(more=True)
         elif act == "fewer workers" and self.wanted > 1:
-            self.workers_by(-1)
+            self.one_worker(more=False)
         elif act in ("kill a worker", "crash a worker", "quit a worker", "end a worker"):
             self.hit_a_worker({"k": "KILL", "c": "SEGV", "q": "QUIT", "e": "TERM"}[act[0]])
         elif act == "halt a worker":
@@ -335,11 +335,10 @@ class Walk:
 
         return eventually(found, 60, "the verdict")
 
-    def workers_by(self, number: int) -> None:
-        """So many workers more or less, one after the other."""
-        for _ in range(abs(number)):
-            self.send("TTIN" if number > 0 else "TTOU", self.server.pid)
-            self.wanted += 1 if number > 0 else -1
+    def one_worker(self, *, more: bool) -> None:
+        """One worker more, or less; two equal signals at once would be one."""
+        self.send("TTIN" if more else "TTOU", self.server.pid)
+        self.wanted += 1 if more else -1
 
     def a_worker(self, master: int = 0) -> int:
         """One of the workers; 0 when there is none."""
@@ -419,9 +418,10 @@ class Walk:
         """Wait until one generation serves with the workers that were asked for; start the server where there is none."""
         until = time.monotonic() + 90
         while not self._settled():
-            if not self.server_lives():
-                eventually(lambda: not self.server.processes(), 20, "the end of the orphans")
-                self.start_again()
+            if not self.server_lives():  # a successor that has not said anything yet lives as well
+                eventually(lambda: self.server_lives() or not self.server.processes(), 20, "the end of the orphans")
+                if not self.server_lives():
+                    self.start_again()
             if time.monotonic() > until:
                 raise Late(
                     f"one serving generation; status {self.server.status()}, processes {self.server.processes()}"

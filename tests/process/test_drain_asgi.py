@@ -8,7 +8,8 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -17,6 +18,9 @@ from tests.kit import Server, eventually, load, serve, within
 
 GUNICORN_HAS_ASGI = pytest.importorskip("gunicorn").version_info >= (25, 2)
 pytest.importorskip("uvicorn_worker")
+#: How many WebSockets are open, and the seconds in which they have to go (the promise is 200 in 10).
+SOCKETS = int(os.environ.get("TEST_WEBSOCKETS", "20"))
+WINDOW = float(os.environ.get("TEST_WINDOW", "2"))
 HTTPTOOLS = True
 try:
     import httptools  # noqa: F401
@@ -107,7 +111,7 @@ async def app(scope, receive, send):
             message = await receive()
             if message["type"] == "websocket.disconnect":
                 return note("websocket %s" % message["code"])
-            await send({"type": "websocket.send", "text": message["text"]})
+            await send({"type": "websocket.send", "text": str(os.getpid())})
     body = b"ok"
     if path == "/sse":
         return await stream(receive, send, "text/event-stream", True)
@@ -416,30 +420,70 @@ class WebSocket:
         self.socket.sendall(b"\x88\x82\0\0\0\0" + frame[2:4])
         return int.from_bytes(frame[2:4], "big")
 
+    def worker(self) -> int:
+        """The pid of the worker that has it."""
+        self.socket.sendall(b"\x81\x82\0\0\0\0hi")
+        frame = self.socket.recv(2, socket.MSG_WAITALL)
+        assert frame[:1] == b"\x81", frame
+        return int(self.socket.recv(frame[1], socket.MSG_WAITALL))
+
+
+def closings(sockets: list[WebSocket], closed: Callable[[WebSocket], object] = lambda _: None) -> list[float]:
+    """When each of them was closed, all with 1012, in seconds from now; `closed` is called at each."""
+    began = time.monotonic()
+    waiting = {each.socket: each for each in sockets}
+    moments = []
+    while waiting:
+        readable, _, _ = select.select(list(waiting), [], [], 30)
+        assert readable, f"{len(waiting)} are still open"
+        for each in readable:
+            moments.append(time.monotonic() - began)
+            found = waiting.pop(each)
+            assert found.close_code() == 1012
+            assert each.recv(100) == b""
+            each.close()
+            closed(found)
+    return moments
+
+
+def assert_spread(moments: list[float]) -> None:
+    """Over most of the window, and never many at once."""
+    assert moments[-1] - moments[0] > WINDOW / 2, moments
+    assert moments[-1] < WINDOW + 2, moments
+    tenths = Counter(int(moment / WINDOW * 10) for moment in moments)
+    print(
+        f"{len(moments)} closed with 1012 from {moments[0]:.2f} s to {moments[-1]:.2f} s, by tenths: {sorted(tenths.items())}"
+    )
+    assert max(tenths.values()) <= max(6, len(moments) * 0.3), tenths
+
 
 @pytest.mark.skipif(not HTTPTOOLS, reason="no WebSockets without the extras")
 @pytest.mark.parametrize("worker", [*ONE_EACH, "h11_uvicorn.OldWebSockets"])
 def test_websockets_are_closed_one_after_the_other(worker):
-    with serving(worker, "gracehooks.configure(drain_timeout=2)") as server:
-        sockets = [WebSocket(server) for _ in range(20)]
-        asked = time.monotonic()
+    with serving(worker, f"gracehooks.configure(drain_timeout={WINDOW})") as server:
+        sockets = [WebSocket(server) for _ in range(SOCKETS)]
         server.signal("TERM")
-        waiting = {each.socket: each for each in sockets}
-        moments = []
-        while waiting:
-            readable, _, _ = select.select(list(waiting), [], [], 30)
-            assert readable, f"{len(waiting)} are still open"
-            for each in readable:
-                assert waiting.pop(each).close_code() == 1012
-                moments.append(time.monotonic() - asked)
-                assert each.recv(100) == b""
-                each.close()
-        assert len(moments) == 20
-        assert moments[-1] - moments[0] > 1.0, moments
-        assert moments[len(moments) // 2] > 0.3, moments
+        assert_spread(closings(sockets))
         assert server.wait_gone(server.process.pid) == 0
-        assert notes(server).count("websocket 1012") == 20
+        assert notes(server).count("websocket 1012") == SOCKETS
         assert outcome(server)["lost"] == {"requests": [], "jobs": []}
+
+
+@pytest.mark.skipif(not HTTPTOOLS, reason="no WebSockets without the extras")
+@pytest.mark.parametrize("worker", ONE_EACH)
+def test_websockets_that_come_back_land_on_the_new_generation(worker):
+    with serving(worker, f"gracehooks.configure(drain_timeout={WINDOW})", workers=2) as server:
+        sockets = [WebSocket(server) for _ in range(SOCKETS)]
+        old = set(server.workers())
+        assert {each.worker() for each in sockets} <= old
+        assert server.upgrade()["event"] == "UpgradeCompleted"
+        again: list[WebSocket] = []
+        assert_spread(closings(sockets, lambda _: again.append(WebSocket(server))))
+        assert {each.worker() for each in again} <= set(server.workers()) - old
+        retired = server.wait_for("GenerationRetired")
+        assert retired["lost"] == {"requests": [], "jobs": []}
+        for each in again:
+            each.socket.close()
 
 
 @pytest.mark.parametrize("worker", ONE_EACH)
