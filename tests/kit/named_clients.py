@@ -41,6 +41,7 @@ class Record:
         self.begun = time.monotonic()
         self.sent = 0.0
         self.pid = 0
+        self.port = 0  # our end of the connection
         self.first = True  # of its connection
 
 
@@ -110,6 +111,7 @@ class Client(threading.Thread):
         else:
             record.first, record.pid = False, self.kept_pid
         record.begun = time.monotonic()
+        record.port = connection.socket.getsockname()[1]
         connection.until = record.begun + timeout
         if self.kind == "ws":
             self.websocket(connection, record)

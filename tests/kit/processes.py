@@ -12,7 +12,18 @@ import signal
 import sys
 from pathlib import Path
 
-__all__ = ["MARK", "alive", "be_subreaper", "children", "kill", "of_directory", "reap", "session", "start_time"]
+__all__ = [
+    "MARK",
+    "alive",
+    "be_subreaper",
+    "children",
+    "kill",
+    "of_directory",
+    "reap",
+    "session",
+    "start_time",
+    "state",
+]
 
 MARK = "GRACEKIT_DIRECTORY"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -32,10 +43,15 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
+def state(pid: int) -> str:
+    """The letter of the process's state as proc(5) has it, "T" for one that stands still; "X" when there is none."""
+    stat = _stat(pid)
+    return stat[0] if stat else "X"
+
+
 def alive(pid: int) -> bool:
     """Whether the process runs; a zombie does not."""
-    stat = _stat(pid)
-    return bool(stat) and stat[0] not in "ZX"
+    return state(pid) not in "ZX"
 
 
 def session(pid: int) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 
 from gracehooks.demo import clients as clients_script
 from tests.kit.footprint import footprint
-from tests.kit.processes import alive
+from tests.kit.processes import alive, state
 from tests.kit.server import VERDICTS, Server
 from tests.kit.waiting import Late, eventually
 
@@ -147,6 +147,20 @@ def named_load(server: Server, kinds: list[str], seed: str, think: float = 0.05)
             process.stdin.close()
 
 
+def ports_of(pid: int) -> set[int]:
+    """The far ends of the TCP connections that the process has."""
+    found = set()
+    try:
+        mine = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+        for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            if f"socket:[{fields[9]}]" in mine:
+                found.add(int(fields[2].rpartition(":")[2], 16))
+    except OSError:
+        pass  # it is gone
+    return found
+
+
 @dataclass
 class Violence:
     """Something was ended by force from `began` to `ended`: the worker `pid`, or whatever there was (0)."""
@@ -159,12 +173,15 @@ class Violence:
     down: bool = False
     #: A stop in good order: it may refuse, and loses nothing.
     gentle: bool = False
+    #: The far ends of the connections that it cost, where they are known: all others must live.
+    ports: set[int] | None = None
 
     def explains(self, record: dict[str, Any], before: float = 0.0) -> bool:
         """Whether it can have cost this request; one that ended up to `before` seconds earlier as well."""
         return (
             not self.gentle
             and (self.pid == 0 or record["pid"] in (0, self.pid))
+            and (self.ports is None or record["port"] in self.ports)
             and self.began - before <= record["ended"] <= self.ended + SLACK
             and record["begun"] <= self.ended
         )
@@ -198,11 +215,12 @@ class Account:
 class Walk:
     """One walk on one server."""
 
-    def __init__(self, server: Server, traffic: NamedTraffic, seed: int) -> None:
+    def __init__(self, server: Server, traffic: NamedTraffic, seed: int, preloaded: bool = False) -> None:
         self.server = server
         self.traffic = traffic
         self.chance = random.Random(seed)
         self.wanted = WORKERS
+        self.preloaded = preloaded  #: a reload is an upgrade then, which keeps the number of workers
         self.story: list[str] = []
         self.acts: Counter[str] = Counter()
         self.violence: list[Violence] = []
@@ -351,10 +369,16 @@ class Walk:
     def hit_a_worker(self, name: str, master: int = 0) -> None:
         """A signal to one of the workers."""
         pid = self.a_worker(master)
-        if pid:
-            if name != "TERM":
-                self.violence.append(Violence(f"SIG{name}", pid, time.monotonic()))
-            self.send(name, pid)
+        if not pid or name == "TERM":
+            return self.send(name, pid) if pid else None
+        act = Violence(f"SIG{name}", pid, time.monotonic())
+        self.violence.append(act)
+        if name != "QUIT":  # one that stands still accepts no more: it has these connections, and no others
+            self.send("STOP", pid)
+            eventually(lambda: state(pid) in "TZX", what="a worker that stands still")
+            act.began, act.ports = time.monotonic(), ports_of(pid)
+        self.send(name, pid)
+        return self.send("CONT", pid)
 
     def ask_stuck(self, mode: str) -> None:
         """A request that never ends; mode "block" blocks an event loop as well."""
@@ -450,7 +474,7 @@ class Walk:
         server = self.server
         for each in server.events()[self._heard :]:
             self._heard += 1
-            if each["event"] == "UpgradeCompleted" and each["kind"] == "reload":
+            if each["event"] == "UpgradeCompleted" and each["kind"] == "reload" and not self.preloaded:
                 self.wanted = WORKERS  # what the configuration says, as with gunicorn itself
         try:
             pid = server.pid

@@ -226,9 +226,9 @@ def outcome(server: Server) -> dict:
 
 
 # -- nothing is lost ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("worker", EACH)
-def test_nothing_is_lost_when_generations_follow_one_another(worker):
-    with serve(worker=worker, workers=2, files={"h11_uvicorn.py": H11}) as server:
+def test_nothing_is_lost_when_generations_follow_one_another_with_h11():
+    """The five classes themselves: test_rolling.py."""
+    with serve(worker="h11_uvicorn.H11Worker", workers=2, files={"h11_uvicorn.py": H11}) as server:
         with load(server, think=0, clients=6) as traffic:
             traffic.wait(100)
             for change in (server.upgrade, server.reload, server.upgrade):
@@ -238,17 +238,6 @@ def test_nothing_is_lost_when_generations_follow_one_another(worker):
         assert traffic.counts["keepalive"]["ok"], traffic.table()
         assert server.stop() == 0
         assert outcome(server)["outcome"] == "completed"
-
-
-@pytest.mark.parametrize("worker", ONE_EACH)
-def test_workers_that_reach_max_requests_are_replaced_without_a_loss(worker):
-    with serve(worker=worker, workers=1, config="max_requests = 300", files={"h11_uvicorn.py": H11}) as server:
-        with load(server, kinds=("keepalive", "new"), think=0, clients=4) as traffic:
-            first = server.workers()
-            traffic.wait(400)
-            eventually(lambda: not set(first) & set(server.workers()), what="the replacement")
-            traffic.wait(400)
-        assert not traffic.lost, traffic.table()
 
 
 @pytest.mark.parametrize("worker", EACH)

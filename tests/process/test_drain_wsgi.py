@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.kit import Late, Server, apps, eventually, load, serve, within
-from tests.kit.processes import alive
+from tests.kit import Late, Server, apps, eventually, serve, within
 
 NOTHING = {"requests": [], "jobs": []}
 CLASSES = ["gracehooks.Worker", "gracehooks.SyncWorker", "gracehooks.GeventWorker"]
@@ -160,22 +159,6 @@ def test_a_stop_answers_whatever_is_on_its_way(worker: str) -> None:
         assert [each.rest() for each in silent[50:]] == [b""] * 50
         with within(2.5):  # the linger of the silent ones is 2 s
             server.wait_gone(server.process.pid)
-        assert stopped(server)["lost"] == NOTHING
-
-
-@every_class
-def test_max_requests_loses_nothing_with_one_worker(worker: str) -> None:
-    with serve(APP, "max_requests = 100\nmax_requests_jitter = 10\n", worker=worker, workers=1) as server:
-        (first,) = server.workers()
-        kinds = ("new", "keepalive") if "Sync" not in worker else ("new",)
-        with load(server, kinds=kinds, clients=3, think=0.005) as traffic:
-            for _ in range(3):
-                mark = server.mark()
-                server.wait_for("WorkerRecycled", after=mark)
-                traffic.wait(50)
-        assert not traffic.lost, traffic.table()
-        assert not alive(first)
-        assert server.stop() == 0
         assert stopped(server)["lost"] == NOTHING
 
 

@@ -23,7 +23,6 @@ the story.
 from __future__ import annotations
 
 import os
-import re
 
 import pytest
 
@@ -55,8 +54,10 @@ def test_a_random_walk_accounts_for_every_request(worker: str):
             kinds = HTTP
     seed = SEED
     app = named_apps.ASGI if "ASGI" in worker or "Uvicorn" in worker else named_apps.WSGI
-    with serve(app, CONFIG, worker) as server, named_load(server, kinds, f"{worker}/{seed}") as traffic:
-        walk = Walk(server, traffic, seed)
+    preload = seed % 3 == 0
+    config = CONFIG + f"preload_app = {preload}\n"
+    with serve(app, config, worker) as server, named_load(server, kinds, f"{worker}/{seed}") as traffic:
+        walk = Walk(server, traffic, seed, preload)
         try:
             walk.go(SECONDS)
         except BaseException as error:
@@ -72,7 +73,6 @@ def test_a_random_walk_accounts_for_every_request(worker: str):
             [f"TEST_SEED={seed} TEST_WALK_SECONDS={SECONDS:g}, {worker}: {account}", *problems, *walk.story]
         )
         assert account.sent == account.answered + account.reported + account.unread + account.refused
-        assert not re.search(r"Traceback", server.log()) or True
 
 
 def grown(before: dict[str, list[int]], after: dict[str, list[int]]) -> list[str]:
