@@ -10,7 +10,6 @@ gevent's `StreamServer.do_read`, `do_handle` and `full`, and on `cancel_wait` (t
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from functools import partial
@@ -24,6 +23,7 @@ from gevent.pool import Pool
 from gevent.server import StreamServer
 from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
+from gunicorn.workers.base import Worker as StockWorker
 
 from gracehooks.gunicorn.workers.drained import Drained, announce
 from gracehooks.gunicorn.workers.http2 import end_well
@@ -168,7 +168,15 @@ class Reading:
         self._greenlet.throw(StopIteration())  # gunicorn closes the connection on it, quietly
 
 
-class GeventWorker(Drained, ggevent.GeventWorker):
+class Stock(ggevent.GeventWorker):
+    """gunicorn's own, whose heartbeat does not end the process at once when the master is gone; ours drains then."""
+
+    def notify(self) -> None:
+        """The heartbeat alone."""
+        StockWorker.notify(self)
+
+
+class GeventWorker(Drained, Stock):
     """The `worker_class` of `gracehooks.GeventWorker`: greenlets, keep-alive, and a drain in phases."""
 
     takes_over = False
@@ -220,14 +228,6 @@ class GeventWorker(Drained, ggevent.GeventWorker):
     def at_loop(self) -> bool:
         """The main greenlet is the loop; requests have greenlets of their own."""
         return gevent.getcurrent() is gevent.get_hub().parent
-
-    def notify(self) -> None:
-        """The heartbeat. gunicorn's would end the process at once when the master is gone; ours drains."""
-        known, self.ppid = self.ppid, os.getppid()
-        try:
-            super().notify()
-        finally:
-            self.ppid = known
 
     def wake(self) -> None:
         """Wake the main greenlet; from any thread and from signal handlers."""
