@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from typing import Any
 
 from gunicorn import sock
 
-__all__ = ["add_own", "end_accepting", "name_of", "turn_away", "unlink_paths"]
+__all__ = ["add_own", "end_accepting", "name_of", "turn_away", "unlink_paths", "waits"]
 
 SO_ATTACH_FILTER = 26
 #: Classic BPF over the TCP header (byte 13: flags): a SYN without ACK is dropped, all else passes.
@@ -48,6 +49,17 @@ def _drop_new(listener: Any) -> None:
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
     except OSError:
         pass  # another system: the backlog is still served, a connection of the last moment may be reset
+
+
+def waits(listeners: Iterable[Any]) -> bool:
+    """Whether a connection waits at one of `listeners`; never raises."""
+    poll = select.poll()
+    for listener in listeners:
+        try:
+            poll.register(listener.fileno(), select.POLLIN)
+        except (OSError, ValueError):
+            continue  # it is closed
+    return any(event & select.POLLIN for _, event in poll.poll(0))
 
 
 def turn_away(listeners: Iterable[Any]) -> int:

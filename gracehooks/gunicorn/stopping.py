@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gracehooks import events, processes
@@ -19,7 +19,7 @@ from gracehooks.deadline import Deadline
 from gracehooks.gunicorn import listeners
 from gracehooks.gunicorn.losses import never_accepted
 from gracehooks.gunicorn.pool import MARGIN
-from gracehooks.scoreboard import Order
+from gracehooks.scoreboard import Order, Phase
 
 if TYPE_CHECKING:
     from gracehooks.gunicorn.master import Grace
@@ -42,6 +42,9 @@ class _Stop:
     lame_duck: Deadline | None = None
     draining: bool = False
     forced: bool = False
+    order: Order = Order.RETIRE
+    backlog: Deadline = field(default_factory=lambda: Deadline.after(0.0))  #: until when somebody must serve it
+    reinforced: bool = False  #: whether a worker was forked for it
 
 
 class Stopping:
@@ -124,12 +127,11 @@ class Stopping:
             stop.lame_duck = None
         if not stop.draining:
             stop.draining = True
-            order = Order.RETIRE
             if self._end_accepting(stop):
-                order = Order.STOP
+                stop.order = Order.STOP
+                stop.backlog = Deadline.after(master.settings.drain_timeout)
                 events.publish(events.AcceptingEnded(**master.identity()))
-            for pid in list(self._arbiter.WORKERS):
-                master.pool.let_go(pid, order, f"stopped by {stop.reason}")
+        self._let_go(stop)
         if stop.deadline.passed and self._arbiter.WORKERS:
             master.pool.kill("the stop budget" if not stop.forced else f"forced by {stop.reason}")
         older = master.takeover.alive() if stop.final else []
@@ -150,6 +152,32 @@ class Stopping:
             master.pool.ended.add(never_accepted(waited))
         self._tell(stop)
         master.leave()
+
+    def _let_go(self, stop: _Stop) -> None:
+        """Tell every worker to drain; but the backlog of a final stop needs one that serves it.
+
+        The others may have crashed just now, or be on their way out for another reason and leave it alone: then one that
+        boots goes on booting, and where there is none it is forked.
+        """
+        unserved = not stop.forced and self._nobody_serves_the_backlog(stop)
+        booting = 0
+        for pid, worker in list(self._arbiter.WORKERS.items()):
+            booting += not worker.page.ready
+            if worker.page.ready or not unserved:
+                self._master.pool.let_go(pid, stop.order, f"stopped by {stop.reason}")
+        if unserved and not booting and not stop.reinforced:
+            stop.reinforced = True
+            self._master.pool.spawn(self._master.pool.cohort)
+
+    def _nobody_serves_the_backlog(self, stop: _Stop) -> bool:
+        if stop.backlog.passed or not listeners.waits(each for each in self._arbiter.LISTENERS if self._is_ours(each)):
+            return False
+        pages = [worker.page for worker in self._arbiter.WORKERS.values()]
+        return not any(
+            page.phase in (Phase.SERVING, Phase.LAME_DUCK)
+            or (page.phase is Phase.ACCEPTING_ENDS and page.order is Order.STOP)
+            for page in pages
+        )
 
     def _end_accepting(self, stop: _Stop) -> bool:
         """Shut the door of the listeners that nobody serves after us; whether there are any.

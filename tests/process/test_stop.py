@@ -185,6 +185,27 @@ def test_a_killed_worker_leaves_a_report_of_exactly_its_requests():
         assert sorted(each["path"] for each in last_stop(server)["lost"]["requests"]) == ["/sleep", "/stream"]
 
 
+def test_a_stop_serves_the_backlog_though_its_only_worker_has_just_crashed():
+    for boots in (True, False):
+        with serve("import os, time\nif os.path.exists('slow'): time.sleep(1)\n" + APP, workers=1) as server:
+            (worker,) = server.workers()
+            os.kill(worker, signal.SIGSTOP)  # what connects now waits in the kernel
+            clients = [server.address.connect() for _ in range(20)]
+            for each in clients:
+                each.sendall(b"GET /fast HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            (server.dir / "slow").touch()
+            os.kill(worker, signal.SIGKILL)
+            if boots:
+                eventually(lambda old=worker: set(server.workers()) - {old}, what="the worker that boots in its place")
+            server.signal("TERM")
+            answers = [each.recv(12) for each in clients]
+            assert answers == [b"HTTP/1.1 200"] * 20
+            for each in clients:
+                each.close()
+            server.wait_gone(server.process.pid)
+            assert server.wait_for("Stopped")["lost"] == NOTHING
+
+
 def test_workers_whose_master_was_killed_leave():
     for worker in ("gracehooks.Worker", "sync"):
         with serve(worker=worker, config="on_starting = gracehooks.on_starting\n", leftovers=True) as server:
