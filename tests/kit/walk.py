@@ -241,7 +241,7 @@ class Walk:
         """Walk for so long, and then stop the server."""
         self.settle()
         self.pause(0.5)
-        self.footprints.append(self.look_at_footprint())
+        self.footprints.append(self.look_at_footprint(max))
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             (act,) = self.chance.choices(list(ACTS), list(ACTS.values()))
@@ -256,7 +256,7 @@ class Walk:
         while self.wanted != WORKERS:
             self.one_worker(more=self.wanted < WORKERS)
             self.settle()
-        self.footprints.append(self.look_at_footprint())
+        self.footprints.append(self.look_at_footprint(min))
         self.tell("the last stop")
         self.stop("TERM")
 
@@ -494,9 +494,12 @@ class Walk:
             and set(server.processes()) == {pid, *mine}
         )
 
-    def look_at_footprint(self) -> dict[str, list[int]]:
-        """Descriptors and memory, master first: the least of some looks, since a file that is just written is no leak."""
-        least: dict[int, dict[str, int]] = {}
+    def look_at_footprint(self, choose: Callable[[int, int], int]) -> dict[str, list[int]]:
+        """Descriptors and memory, master first, of some looks the most (before) or the least (afterwards).
+
+        A file that is just written is no leak, and gunicorn's control socket is away while a worker is forked.
+        """
+        chosen: dict[int, dict[str, int]] = {}
         looks = 0
 
         def looked() -> bool:
@@ -508,13 +511,13 @@ class Walk:
                         found = footprint_of(pid)
                     except OSError:
                         continue  # a worker that has just been recycled
-                    before = least.setdefault(pid, found)
-                    least[pid] = {name: min(value, before[name]) for name, value in found.items()}
+                    before = chosen.setdefault(pid, found)
+                    chosen[pid] = {name: choose(value, before[name]) for name, value in found.items()}
             return looks >= LOOKS
 
         eventually(looked, 60, "looks at a settled server")
-        master = least.pop(self.server.pid)
-        return {name: [value, *(each[name] for each in least.values())] for name, value in master.items()}
+        master = chosen.pop(self.server.pid)
+        return {name: [value, *(each[name] for each in chosen.values())] for name, value in master.items()}
 
     # -- the account -------------------------------------------------------------------------------------------------
     def application_book(self) -> list[list[str]]:
