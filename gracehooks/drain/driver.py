@@ -31,7 +31,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from gracehooks import requests
@@ -43,6 +43,7 @@ from gracehooks.drain.watchdog import LastResort, Sentinel, allocate_lock, nativ
 from gracehooks.jobs import tracker as jobs
 from gracehooks.scoreboard import Order, Page, Phase, RequestInFlight
 from gracehooks.settings import Settings
+from gracehooks.teardown import flush_files
 
 __all__ = ["Drain", "Host"]
 
@@ -270,7 +271,7 @@ class Drain:
             self._sentinel.wake()
         if not self.hammered:
             threading._shutdown()  # type: ignore[attr-defined]
-        self._exit(self.exit_code)
+        self._exit(self.exit_code, [flush_files])
 
     def brace(self, reason: str) -> None:
         """Record that the worker must leave at once; `hammer` follows, from its loop or else from the sentinel.
@@ -498,8 +499,11 @@ class Drain:
         else:  # they may need the loop, which is blocked
             self._cleanup_over([cleanup.name_of(each) for each in cleanup.registered()[::-1]])
 
-    def _exit(self, code: int) -> None:
-        """The exit, with what a soft one would still have done: atexit, logging, the buffers; and no child is left."""
+    def _exit(self, code: int, flushes: Iterable[Callable[[], object]] = ()) -> None:
+        """The exit, with what a soft one would still have done: atexit, logging, the buffers; and no child is left.
+
+        `flushes` are what may be waited for: a thread that is stuck in a write holds its file.
+        """
         begun, self._exit_begun = self._exit_begun, True
         try:
             if not begun:  # else one of them hangs in the other thread
@@ -513,7 +517,7 @@ class Drain:
         except BaseException:  # noqa: BLE001 - a callback of theirs; nothing may keep this process
             pass
         finally:
-            for flush in (logging.shutdown, *_flushes()):
+            for flush in (logging.shutdown, *_flushes(), *flushes):
                 try:
                     flush()
                 except Exception:  # noqa: BLE001

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from gracehooks import teardown
 from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.arbiter import make_graceful
 from gracehooks.gunicorn.master import Grace
@@ -46,5 +47,6 @@ def attach(server: Any) -> Grace:
             server.cfg.threads,
         )
     make_graceful(server, grace)
+    teardown.leave_out_at_exit()
     grace.begin()
     return grace

@@ -10,6 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import gunicorn
+import pytest
+
 from tests.kit import Late, Server, apps, eventually, load, serve, within
 from tests.kit.processes import alive
 
@@ -270,3 +273,40 @@ def test_metrics_reach_statsd_gunicorns_own_among_them():
             eventually(lambda: wanted <= hear(), what="the metrics of an upgrade")
             assert server.stop() == 0
             eventually(lambda: "gracehooks.Stopped" in hear(), what="the metric of a stop")
+
+
+_KEEPS_A_FILE = """
+NOTES = open(HERE / "notes.txt", "a")
+"""
+_WSGI_WRITES = """
+plain = app
+
+
+def app(environ, start_response):
+    NOTES.write("asked\\n")
+    return plain(environ, start_response)
+"""
+_ASGI_WRITES = """
+plain = app
+
+
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        NOTES.write("asked\\n")
+    await plain(scope, receive, send)
+"""
+
+
+@pytest.mark.parametrize("worker", ["Worker", "SyncWorker", "GeventWorker", "ASGIWorker", "UvicornWorker"])
+def test_an_idle_server_is_gone_at_once_and_what_its_application_wrote_is_in_the_file(worker):
+    if worker == "ASGIWorker" and gunicorn.version_info < (25, 0):
+        pytest.skip("this gunicorn has no asgi worker")
+    asynchronous = worker in ("ASGIWorker", "UvicornWorker")
+    app = (apps.ASGI if asynchronous else apps.WSGI) + _KEEPS_A_FILE
+    app += _ASGI_WRITES if asynchronous else _WSGI_WRITES
+    with serve(worker=f"gracehooks.{worker}", workers=1, app=app) as server:
+        server.get("/")
+        with within(0.3):
+            assert server.stop() == 0
+        assert last_stop(server)["lost"] == NOTHING
+        assert set((server.dir / "notes.txt").read_text().split()) == {"asked"}
