@@ -330,8 +330,8 @@ class Drain:
 
     def _jobs_over(self, abandoned: list[jobs.Abandoned]) -> None:
         self._abandoned.extend(each.facts() for each in abandoned)
-        actions = self._fact(Fact.DEADLINE_PASSED if abandoned else Fact.JOBS_ENDED)
-        if Action.REPORT_JOBS in actions:
+        self._fact(Fact.DEADLINE_PASSED if abandoned else Fact.JOBS_ENDED)
+        if abandoned:  # also of a worker that was told to leave while it booted
             self._account("job_timeout")
 
     def _cleanup_over(self, left: list[str]) -> None:

@@ -94,16 +94,16 @@ def losses_of(page: Page, pid: int, reason: str) -> Losses:
     requests += [{"method": "?", "path": "?", "age": 0.0, **common} for _ in range(max(0, unnamed))]
     jobs = [{**each, **common, "reason": each.get("reason", reason)} for each in told.get("jobs", ())]
     known = {each.get("id") for each in jobs}
-    in_flight = page.jobs()
     jobs += [
         {"id": each.id, "name": each.name, "kind": each.kind, "age": round(each.age, 3), **common}
-        for each in in_flight
+        for each in page.jobs()
         if each.id not in known
     ]
-    unnamed = page.jobs_in_flight - len(in_flight)
-    jobs += [{"id": 0, "name": "?", "kind": "?", "age": 0.0, **common} for _ in range(max(0, unnamed))]
     counts = page.counts()
     counts["abandoned"] += page.jobs_in_flight
+    # Those that had no slot, and those that were given up by a worker which was killed before it could report them.
+    unnamed = counts["abandoned"] - len(jobs)
+    jobs += [{"id": 0, "name": "?", "kind": "?", "age": 0.0, **common} for _ in range(max(0, unnamed))]
     return Losses({"requests": requests, "jobs": jobs}, counts, page.answered)
 
 

@@ -547,6 +547,51 @@ def test_pools_timers_and_forks_are_jobs_like_any_other(worker: str) -> None:
         assert counts["succeeded"] == 1 + len(more), counts
 
 
+PULLING = """
+@jobs.service
+def consume(token):
+    say("pulled")
+    jobs.run(["sh", "-c", f"sleep 0.4; echo done >> {HERE}/said.txt"])
+    token.wait()
+
+
+def answer(kind):
+    return kind
+
+
+"""
+#: TERM when the boot is over and the loop has not begun: once, in the first worker.
+EARLY = """
+import os, signal
+
+
+def post_worker_init(worker):
+    name = "listen" if hasattr(worker, "listen") else "serve"
+    stock = getattr(worker, name)
+
+    def told():
+        try:
+            os.mkdir("told")
+        except FileExistsError:
+            pass
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stock()
+
+    setattr(worker, name, told)
+"""
+
+
+@pytest.mark.parametrize("worker", CLASSES)
+def test_a_worker_that_is_told_to_leave_before_it_serves_begins_no_service(worker: str) -> None:
+    with server(worker, PULLING, EARLY) as running:
+        running.wait_for("WorkerEnded")
+        eventually(lambda: "pulled" in said(running))
+        running.stop()
+        assert said(running) == ["pulled", "done"], "by the second worker"
+        assert ended(running) | {"accepted": 2, "succeeded": 2} == ended(running)
+
+
 PRELOADED = """
 try:
     jobs.submit(say, "in the master")

@@ -107,3 +107,11 @@ def test_a_kill_for_want_of_memory_that_no_worker_ended_by_is_forgotten():
 
 def test_where_kills_cannot_be_counted_nothing_is_promised():
     assert "by hand, or out of memory" in OutOfMemory(lambda: -1).reason()
+
+
+def test_what_was_given_up_and_not_reported_is_counted_without_a_name(page: Page):
+    page.job_end(page.job_begin(1, "thread", "mail"), Outcome.ABANDONED)
+    page.job_begin(2, "thread", "other")
+    found = losses_of(page, 7, "killed")
+    assert [(each["id"], each["name"]) for each in found.lost["jobs"]] == [(2, "other"), (0, "?")]
+    assert found.jobs["abandoned"] == 2

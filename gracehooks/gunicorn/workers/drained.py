@@ -114,8 +114,6 @@ class Drained(Attached):
         """Serve as gunicorn does, until told to leave; then the phases."""
         hold_settings(self.cfg)
         self._serving = True
-        if self.loop_kind != "asyncio":
-            jobs.start_services()
         try:
             self.serve()
         except Leaving:
@@ -131,6 +129,12 @@ class Drained(Attached):
         except Exception:
             self.log.exception("gracehooks: the drain failed; its next phase begins")
         self.drain.finish()
+
+    def became_ready(self) -> None:
+        """The services begin once the worker serves: one that is told to leave before must not have begun anything."""
+        super().became_ready()
+        if self.loop_kind != "asyncio":
+            jobs.start_services()
 
     def serve(self) -> None:
         """gunicorn's own loop."""

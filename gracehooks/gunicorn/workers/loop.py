@@ -154,10 +154,11 @@ class LoopWorker(Drained):
         mark = requests.mark()
         await self.listen()
         requests.unmark(mark)
-        jobs.start_services()
         self._serving = True
         self.notify()
         self.became_ready()
+        if not self.drain.look():
+            jobs.start_services()
         pace = PACE if self._recycle_at == sys.maxsize else PACE_RECYCLING
         beaten = time.monotonic()
         while not self.drain.look():
