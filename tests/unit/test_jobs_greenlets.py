@@ -76,6 +76,7 @@ tracked = jobs.track(gevent.spawn(sleep, 0.05), "by hand")
 beats = []
 ticker = gevent.spawn(lambda: [(beats.append(1), gevent.sleep(0.02)) for _ in range(1000)])
 gevent.sleep(0.03)
+assert in_pool.get() == "slept"
 assert all("in sleep" in work.where() for work in jobs.active() if work.kind == "thread"), [
     work.where() for work in jobs.active()]
 go.set()
@@ -87,7 +88,6 @@ assert len(beats) > 5, "others ran meanwhile"
 assert greenlet.dead and killed.dead and not free.dead
 assert seen[0].kind == "greenlet"
 assert child.wait() == 3
-assert in_pool.get() == "slept"
 counts = found.counts()
 assert counts == {"accepted": 13, "succeeded": 9, "failed": 2, "cancelled": 1, "abandoned": 1, "rejected": 0}, counts
 print("fine")
