@@ -1,4 +1,4 @@
-"""The contracts and one whole life on the oldest supported gunicorn, beside the installed one.
+"""The contracts and one whole life on the oldest supported gunicorn, beside the installed one; and what differs on others.
 
 Only gunicorn itself is installed, into a directory that goes before all others: the rest of the environment is this one's.
 """
@@ -16,17 +16,19 @@ from pathlib import Path
 import pytest
 
 OLDEST = "23.0.0"
+#: The last whose asgi worker and HTTP/2 serve a request where the connection waits for it.
+BEFORE_TASKS = "26.2.0"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def installed() -> Path:
-    """The directory that holds the oldest gunicorn; installed once, in one step that others see whole or not at all."""
-    place = ROOT / ".venvs" / f"gunicorn-{OLDEST}"
+def installed(number: str) -> Path:
+    """The directory that holds that gunicorn; installed once, in one step that others see whole or not at all."""
+    place = ROOT / ".venvs" / f"gunicorn-{number}"
     if (place / "gunicorn" / "arbiter.py").exists():
         return place
     place.parent.mkdir(exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=place.parent))
-    options = ["--no-deps", "--quiet", "--target", str(fresh / "site"), f"gunicorn=={OLDEST}"]
+    options = ["--no-deps", "--quiet", "--target", str(fresh / "site"), f"gunicorn=={number}"]
     commands = [[sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *options]]
     if shutil.which("uv"):
         commands.append(["uv", "pip", "install", "--python", sys.executable, *options])
@@ -39,8 +41,8 @@ def installed() -> Path:
                 break
         else:
             if os.environ.get("CI") == "true":
-                pytest.fail(f"gunicorn {OLDEST} cannot be installed: {said}")
-            pytest.skip(f"gunicorn {OLDEST} cannot be installed: {said}")
+                pytest.fail(f"gunicorn {number} cannot be installed: {said}")
+            pytest.skip(f"gunicorn {number} cannot be installed: {said}")
         try:
             (fresh / "site").rename(place)
         except OSError:
@@ -50,19 +52,29 @@ def installed() -> Path:
     return place
 
 
-@pytest.mark.skipif(version("gunicorn") == OLDEST, reason="this is the oldest")
-def test_contracts_and_a_whole_life_on_the_oldest_gunicorn():
-    paths = [str(installed()), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+def run_on(number: str, *tests: str) -> None:
+    """Run these tests with that gunicorn."""
+    if version("gunicorn") == number:
+        pytest.skip("it is the installed one")
+    paths = [str(installed(number)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = subprocess.run(
-        [
-            *[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="],
-            *["tests/contract", "tests/process/test_oldest_smoke.py"],
-        ],
+        [*[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="], *tests],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TEST_GUNICORN": OLDEST},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TEST_GUNICORN": number},
         capture_output=True,
         text=True,
         check=False,
         timeout=240,
     )
     assert found.returncode == 0, found.stdout[-20000:] + found.stderr[-2000:]
+
+
+def test_contracts_and_a_whole_life_on_the_oldest_gunicorn():
+    run_on(
+        OLDEST, "tests/contract", "tests/process/test_oldest_smoke.py", "--deselect", "tests/contract/test_oldest.py"
+    )
+
+
+def test_event_loops_and_http2_on_a_gunicorn_without_a_task_for_each_request():
+    names = "gasgi or http2 or (ASGIWorker and (streams or after_its or websockets or under_way))"
+    run_on(BEFORE_TASKS, "tests/contract", "tests/process/test_drain_asgi.py", "tests/process/test_tls.py", "-k", names)
