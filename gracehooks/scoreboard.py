@@ -151,6 +151,11 @@ class Page:
         # The counters for those without a slot are read-modify-write, so they have a lock; it lives in the worker alone.
         self._lock = threading.Lock()
 
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return len(self._map)
+
     def close(self) -> None:
         """Give the memory back; the page cannot be read any more."""
         for view in (self._words, self._times, self._view):

@@ -69,8 +69,9 @@ def is_server_task(coroutine: Any) -> bool:
 
     Most of asyncio's and anyio's are not: what they wrap is the application's.
     """
-    code = getattr(coroutine, "cr_code", None)
-    if code is None:
+    try:
+        code = coroutine.cr_code
+    except AttributeError:
         return False
     known = _tasks.get(id(code))
     if known is None:

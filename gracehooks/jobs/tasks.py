@@ -42,25 +42,6 @@ _SUCCEEDED, _CANCELLED = Outcome.SUCCEEDED, Outcome.CANCELLED  # a look into an 
 _options: dict[int, Options] = {}
 
 
-class _TaskKind:
-    name = "task"
-    work: type[Work] = AsyncWork
-
-    def cancel(self, work: Work) -> None:
-        if work.handle is not None:
-            cancel_task(work.handle)
-
-    def where(self, work: Work) -> str:
-        coroutine = work.handle.get_coro() if hasattr(work.handle, "get_coro") else None
-        return stacks.of_coroutine(coroutine) or str(work.handle)
-
-    def kill(self, work: Work) -> None:
-        """A task that swallows its cancellation ends with its process."""
-
-
-TASK = _TaskKind()
-
-
 def cancel_task(task: asyncio.Task[Any]) -> None:
     """Cancel a task from any thread."""
     loop = task.get_loop()
@@ -107,7 +88,25 @@ class TaskWork(AsyncWork):
             self.tracker.finish(self, _CANCELLED if task.cancelled() else _SUCCEEDED)
 
 
-_TaskKind.work = TaskWork
+class _TaskKind:
+    def __init__(self) -> None:
+        # Of the instance: to find an attribute of a class is slower, and each job asks for both.
+        self.name = "task"
+        self.work: type[Work] = TaskWork
+
+    def cancel(self, work: Work) -> None:
+        if work.handle is not None:
+            cancel_task(work.handle)
+
+    def where(self, work: Work) -> str:
+        coroutine = work.handle.get_coro() if hasattr(work.handle, "get_coro") else None
+        return stacks.of_coroutine(coroutine) or str(work.handle)
+
+    def kill(self, work: Work) -> None:
+        """A task that swallows its cancellation ends with its process."""
+
+
+TASK = _TaskKind()
 
 
 def _create(
@@ -206,7 +205,7 @@ def _wrap(loop: Any) -> None:
             born = _in_job() is not None or _in_request() is not None
         if not born:
             return make(self, coro, **keywords)  # type: ignore[no-any-return]
-        found = tracker.current()
+        found = tracker._current
         if found is None or is_server_task(coro):
             return make(self, coro, **keywords)  # type: ignore[no-any-return]
         name = keywords.get("name") if keywords else None
