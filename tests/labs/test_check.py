@@ -230,6 +230,7 @@ SYSTEMD = {
     "blind-reload": ({"ExecReload": "/bin/kill -s HUP $MAINPID"}, ["systemd-reload-blind"]),
     "impatient-reload": ({"ExecReload": "/venv/bin/gracehooks upgrade --no-wait"}, ["systemd-reload-blind"]),
     "no-restart": ({"Restart": None}, ["systemd-restart"]),
+    "restart-on-success": ({"Restart": "on-success"}, ["systemd-restart"]),
     "oom": ({"OOMPolicy": None}, ["systemd-oom-policy"]),
     "shell": ({"ExecStart": "/bin/sh -c 'cd /srv && gunicorn app:app'"}, ["systemd-shell"]),
     "daemon": ({"ExecStart": f"{sys.prefix}/bin/gunicorn --daemon app:app"}, ["daemon"]),

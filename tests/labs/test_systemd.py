@@ -352,6 +352,11 @@ def test_notify_reload_waits_for_the_verdict(newer: Systemd, tmp_path: Path, kin
                     site.text_becomes("serves.*rolled back: RuntimeError: this release is broken")
                 else:
                     site.text_becomes(rf"^Generation {serves if kind == 'upgrade' else 1} serves with 2 workers")
+            # and one that systemd did not ask for
+            before = site.main
+            assert newer.run(GRACEHOOKS, "upgrade", "--pidfile", "/run/gunicorn/gunicorn.pid").returncode == 0
+            assert site.main not in (0, before)
+            eventually(lambda: site.show("ActiveState", "SubState") == {"ActiveState": "active", "SubState": "running"})
             traffic.wait(20)
         assert not traffic.lost, traffic.table()
         told(f"{UPGRADES} times systemctl reload of Type=notify-reload ({kind}), each fourth broken", traffic)

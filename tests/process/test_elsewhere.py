@@ -16,7 +16,8 @@ import pytest
 from tests.kit import load, serve
 
 ROOT = Path(__file__).parents[2]
-ENVIRON = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/kit/elsewhere"), str(ROOT)])}
+PLACES = [str(ROOT / "tests/kit/elsewhere"), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+ENVIRON = {"PYTHONPATH": os.pathsep.join(PLACES)}
 CLASSES = ["Worker", "SyncWorker", "GeventWorker", "ASGIWorker", "UvicornWorker"]
 IMPORT_ALL = """
 import importlib, os, pkgutil, select, signal, socket, gracehooks

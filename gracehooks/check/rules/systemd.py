@@ -261,7 +261,7 @@ def reload_blind(facts: Facts) -> Iterator[Seen]:
 
 @rule(
     "systemd-restart",
-    finds="no `Restart=`",
+    finds="no `Restart=`, or one that does not follow a SIGKILL",
     happens="the unit stays down",
     moment="when the master is killed (the OOM killer, a crash in C code)",
     cure="Restart=on-failure (or always)",
@@ -270,7 +270,7 @@ def reload_blind(facts: Facts) -> Iterator[Seen]:
 )
 def restart(facts: Facts) -> Iterator[Seen]:
     unit = facts.unit
-    if unit is not None and unit.get("Restart", "no").lower() == "no":
+    if unit is not None and unit.get("Restart", "no").lower() in ("no", "on-success", "on-watchdog"):
         yield seen("Restart", unit.get("Restart") or "no (systemd's default)")
 
 
