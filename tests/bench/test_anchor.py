@@ -1,4 +1,4 @@
-"""What `gracehooks run` costs: processor time at the start, and memory. `pytest -m bench tests/bench/test_anchor.py -s` prints it.
+"""What `gracehooks run` costs: processor time at the start, and memory. `pytest -m bench -s tests/bench/test_anchor.py` shows it.
 
 Processor time, not the clock's: a busy machine does not change it much.
 """

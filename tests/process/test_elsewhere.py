@@ -20,13 +20,13 @@ PLACES = [str(ROOT / "tests/kit/elsewhere"), *filter(None, [os.environ.get("PYTH
 ENVIRON = {"PYTHONPATH": os.pathsep.join(PLACES)}
 CLASSES = ["Worker", "SyncWorker", "GeventWorker", "ASGIWorker", "UvicornWorker"]
 IMPORT_ALL = """
-import importlib, os, pkgutil, select, signal, socket, gracehooks
+import importlib, importlib.util, os, pkgutil, select, signal, socket, gracehooks
 assert not os.path.exists("/proc/self"), "the features are still there"
 assert not any(hasattr(*each) for each in [(os, "pidfd_open"), (os, "waitid"), (select, "epoll"), (signal, "pidfd_send_signal")])
+without = {"gracehooks.gunicorn.workers.asgi"} if importlib.util.find_spec("gunicorn.asgi") is None else set()
 for each in pkgutil.walk_packages(gracehooks.__path__, "gracehooks."):
-    if not each.name.endswith("__main__"):
+    if not each.name.endswith("__main__") and each.name not in without:
         importlib.import_module(each.name)
-print(len([*gracehooks.__all__, *(getattr(gracehooks, name) for name in gracehooks.__all__)]))
 """
 
 
