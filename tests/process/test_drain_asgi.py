@@ -289,7 +289,7 @@ def test_the_backlog_of_a_busy_worker_is_served_and_silent_connections_linger(wo
         blocking = ask(server, "/block?1.5")
         eventually(lambda: noted(server, "block begins"))
         waiting = [ask(server, f"/?{number}") for number in range(200)]
-        silent = [server.address.connect() for _ in range(40)]
+        silent = [server.address.connect() for _ in range(100)]
         server.signal("TERM")
         server.wait_for("AcceptingEnded")
         for each in (blocking, *waiting):
