@@ -73,17 +73,16 @@ def losses_of(page: Page, pid: int, reason: str) -> Losses:
         except ValueError:
             told = {}
     common = {"worker": pid, "reason": reason}
-    where = {
-        (each.get("method"), each.get("path"), round(each.get("age", 0), 0)): each for each in told.get("requests", ())
-    }
+    stacks = [each for each in told.get("requests", ()) if each.get("where")]
     requests: list[dict[str, Any]] = []
     for slot in page.requests():
         entry: dict[str, Any] = {"method": slot.method, "path": slot.path, "age": round(slot.age, 3), **common}
-        for key, each in where.items():
-            if key[:2] == (slot.method, slot.path) and each.get("where"):
-                entry["where"] = each["where"]
-                del where[key]
-                break
+        mine = next(
+            (each for each in stacks if (each.get("method"), each.get("path")) == (slot.method, slot.path)), None
+        )
+        if mine is not None:
+            entry["where"] = mine["where"]
+            stacks.remove(mine)
         requests.append(entry)
     unnamed = page.in_flight - len(requests)
     requests += [
@@ -100,7 +99,8 @@ def losses_of(page: Page, pid: int, reason: str) -> Losses:
         if each.id not in known
     ]
     counts = page.counts()
-    counts["abandoned"] += page.jobs_in_flight
+    # What is in flight, and one whose worker was killed between the two stores that end a job.
+    counts["abandoned"] = counts["accepted"] - counts["succeeded"] - counts["failed"] - counts["cancelled"]
     # Those that had no slot, and those that were given up by a worker which was killed before it could report them.
     unnamed = counts["abandoned"] - len(jobs)
     jobs += [{"id": 0, "name": "?", "kind": "?", "age": 0.0, **common} for _ in range(max(0, unnamed))]

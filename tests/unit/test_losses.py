@@ -53,6 +53,24 @@ def test_what_had_no_slot_is_counted_without_a_name(page: Page):
     assert found.jobs["abandoned"] == 5
 
 
+def test_requests_of_one_name_have_each_its_own_stack(page: Page):
+    for _ in range(2):
+        page.begin("GET", "/slow")
+    told = [{"method": "GET", "path": "/slow", "age": 1.0, "where": f"view.py:{line}"} for line in (7, 9)]
+    page.report = json.dumps({"requests": told, "jobs": []})
+    assert [each["where"] for each in losses_of(page, 7, "drain timeout").lost["requests"]] == [
+        "view.py:7",
+        "view.py:9",
+    ]
+
+
+def test_a_job_whose_worker_was_killed_between_the_two_stores_of_its_end_counts_as_abandoned(page: Page):
+    slot = page.job_begin(3, "thread", "mail")
+    page._words[slot] += 1  # its slot is free, and how it ended was not written any more
+    found = losses_of(page, 7, "killed by SIGKILL")
+    assert found.jobs["accepted"] == found.jobs["abandoned"] == len(found.lost["jobs"]) == 1
+
+
 def test_the_workers_own_report_adds_where_each_request_stood(page: Page):
     page.begin("GET", "/slow")
     report = {"requests": [{"method": "GET", "path": "/slow", "age": 0.0, "where": "view.py:7"}], "jobs": []}
