@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+import gunicorn
 import pytest
 
 from tests.kit import Late, Server, apps, eventually, load, serve, within
@@ -182,3 +183,42 @@ def test_a_configuration_that_hangs_does_not_outlive_a_master_that_is_killed():
         probe = server.wait_for("UpgradeStarted")["successor"]
         server.signal("KILL")
         server.wait_gone(probe)
+
+
+ASYNCHRONOUS = ["gracehooks.UvicornWorker"] + ["gracehooks.ASGIWorker"] * (gunicorn.version_info >= (25, 2))
+OTHERS = [*ASYNCHRONOUS, "gracehooks.GeventWorker", "gracehooks.SyncWorker", "gracehooks.Worker"]
+
+
+@pytest.mark.parametrize("worker", OTHERS if os.environ.get("TEST_FULL") == "1" else OTHERS[:1])
+def test_what_cannot_serve_touches_nothing_on_any_class(worker: str):
+    """Broken code, broken configuration, an import that hangs, a `ready_path` that fails; then TERM while one hangs."""
+    mine = "gracehooks.configure(ready_timeout=5)\n"
+    good = apps.ASGI if worker in ASYNCHRONOUS else apps.WSGI
+    kinds = ("new",) if "Sync" in worker else ("new", "keepalive")
+    with serve(config=mine, worker=worker) as server:
+        with load(server, kinds=kinds, clients=3) as traffic:
+            traffic.wait(20)
+            for app, config, reason, bound in (
+                ("raise RuntimeError('no such luck')\n", "", "RuntimeError: no such luck", 3.0),
+                (good, "raise ValueError('in the file')\n", "in the file", 1.5),
+                ("import time; time.sleep(600)\n", "", "hung for 5 s while booting (0 of 2", 6.5),
+                (good, "gracehooks.configure(ready_path='/status')\n", "answered 500 on /status", 3.0),
+            ):
+                server.write("app.py", app)
+                server.configure(mine + config)
+                rolled_back(server, reason, bound)
+            server.configure("gracehooks.configure(ready_timeout=60)\n")
+            server.write("app.py", "import time; time.sleep(600)\n")
+            before = len(server.processes())
+            mark = server.mark()
+            server.signal("HUP")
+            server.wait_for("UpgradeStarted", after=mark)
+            eventually(lambda: len(server.processes()) > before, what="the new workers")
+            traffic.wait(20)
+            assert not traffic.lost, traffic.table()
+            # A client that keeps its connection has a moment for one more request, so it is not bound to half a second.
+            with within(1.0 if "Sync" in worker else 2.5):
+                assert server.stop() == 0
+            assert not server.processes()
+        assert {each["outcome"] for each in traffic.lost} <= {"refused"}, traffic.table()
+        assert server.wait_for("Stopped")["lost"] == {"requests": [], "jobs": []}
