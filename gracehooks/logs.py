@@ -1,7 +1,8 @@
 """One subscriber to events: the lines that an operator reads. `GRACEHOOKS_LOG=json` makes each a JSON object.
 
 The set is small and documented (docs/reference/events.md); every line begins with "gracehooks: " and carries generation
-and pid. Counters go to statsd where gunicorn's own instrumentation is on.
+and pid. What else is said (what the budget is, where something is stuck) is a JSON object as well (`Wrapped`). Counters go
+to statsd where gunicorn's own instrumentation is on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from gracehooks import events
 
-__all__ = ["LINES", "Logbook", "wants_json"]
+__all__ = ["LINES", "Logbook", "Wrapped", "wants_json"]
 
 #: For each event: the level, and the line as a format over its facts.
 LINES: dict[str, tuple[int, str]] = {
@@ -64,6 +65,30 @@ def lost_in_words(lost: events.Lost) -> str:
         return "nothing"
     shown = "; ".join(found[:20])
     return shown + (f"; and {len(found) - 20} more" if len(found) > 20 else "")
+
+
+class Wrapped(logging.Filter):
+    """Makes a JSON object, on one line, of each line of gracehooks' that is not one yet: also of a stack of many lines."""
+
+    def __init__(self, generation: int) -> None:
+        super().__init__()
+        self._generation = generation
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Lets every record pass."""
+        text = record.getMessage()
+        if text.startswith("gracehooks: "):
+            facts = {
+                "message": text,
+                "level": record.levelname.lower(),
+                "pid": os.getpid(),
+                "generation": self._generation,
+            }
+            if record.exc_info:
+                facts["exception"] = logging.Formatter().formatException(record.exc_info)
+                record.exc_info = record.exc_text = None
+            record.msg, record.args = "%s", (json.dumps(facts),)
+        return True
 
 
 class Logbook:

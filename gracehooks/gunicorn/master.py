@@ -26,7 +26,7 @@ from gracehooks.gunicorn.stopping import Stopping
 from gracehooks.gunicorn.successor import ReexecHost
 from gracehooks.gunicorn.takeover import Takeover
 from gracehooks.gunicorn.workers.attached import attached
-from gracehooks.logs import Logbook
+from gracehooks.logs import Logbook, Wrapped, wants_json
 from gracehooks.scoreboard import Order
 from gracehooks.systemd.driver import Speaker
 from gracehooks.upgrade.driver import Driver
@@ -97,6 +97,8 @@ class Grace:
     def begin(self) -> None:
         """The arbiter is graceful now: say what was chosen, and put the worker class in place."""
         arbiter, log = self.arbiter, self.arbiter.log
+        if wants_json() and hasattr(log, "error_log"):
+            log.error_log.addFilter(Wrapped(self.generation))
         events.subscribe(Logbook(log))
         if self.speaker.on:
             events.subscribe(self.speaker.hear)

@@ -198,7 +198,12 @@ class Server:
         # One worker answers; a test that changes the application now would break those that still load it.
         if "gracehooks: a stop lasts" in self.log():
             eventually(
-                lambda: "gracehooks: serving with" in self.log() or self.process.poll() is not None, 60.0, "all workers"
+                lambda: (
+                    any(each in self.log() for each in ("gracehooks: serving with", "gracehooks: ServingStarted"))
+                    or self.process.poll() is not None
+                ),
+                60.0,
+                "all workers",
             )
 
     # -- processes -----------------------------------------------------------------------------------------------

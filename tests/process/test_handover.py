@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import threading
@@ -300,3 +301,19 @@ def test_a_successor_whose_old_master_is_killed_while_it_boots_serves_when_it_is
         # One control socket, not one from the promotion and one from gunicorn's start.
         eventually(lambda: len(list(Path(f"/proc/{new}/fd").iterdir())) == descriptors, what="the same descriptors")
         assert [each["event"] for each in server.events() if each["pid"] == new].count("ServingStarted") == 1
+
+
+def test_every_line_of_ours_is_json_when_asked():
+    config = "gracehooks.configure(job_timeout=0)"
+    with serve(config=config, env={"GRACEHOOKS_LOG": "json"}) as server:
+        good_upgrade(server)
+        server.write("app.py", "raise RuntimeError('no such luck')\n")
+        assert server.upgrade()["event"] == "UpgradeRolledBack"
+        assert server.get("/job?s=30").status == 200
+        server.stop()
+        lines = [line.partition("] [")[2].partition("] [")[2].partition("] ")[2] for line in server.log().splitlines()]
+    ours = [json.loads(line) for line in lines if "gracehooks: " in line]
+    assert all(each["message"].startswith("gracehooks: ") and each["pid"] and each["generation"] for each in ours)
+    said = {each.get("event") for each in ours}
+    assert {"UpgradeStarted", "UpgradeCompleted", "UpgradeRolledBack", "StopStarted", "Stopped", None} <= said
+    assert "gracehooks: " not in "".join(line for line in server.log().splitlines() if '"message"' not in line)

@@ -100,3 +100,25 @@ def test_losses_are_errors_and_told_by_name(caplog):
     assert [each.levelno for each in caplog.records] == [logging.ERROR, logging.ERROR]
     assert "GET /pay (3.0 s, drain timeout)" in caplog.text
     assert "no module" in caplog.text
+
+
+def test_what_is_said_beside_the_events_is_json_too():
+    records: list[logging.LogRecord] = []
+    log = logging.Logger("test")
+    log.addFilter(logs.Wrapped(7))
+    handler = logging.Handler()
+    handler.emit = records.append
+    log.addHandler(handler)
+    log.warning("gracehooks: stuck at:\n    %s", "a.py, line 3")
+    try:
+        raise RuntimeError("100%")
+    except RuntimeError:
+        log.exception("gracehooks: the hook failed")
+    log.info("Booting worker with pid: %s", 3)
+    first, second = (json.loads(each.getMessage()) for each in records[:2])
+    assert first["message"] == "gracehooks: stuck at:\n    a.py, line 3"
+    assert (first["level"], first["generation"], first["pid"] > 1) == ("warning", 7, True)
+    assert second["exception"].endswith("RuntimeError: 100%")
+    assert records[1].exc_info is None
+    assert all("\n" not in each.getMessage() for each in records)
+    assert records[2].getMessage() == "Booting worker with pid: 3"
