@@ -6,11 +6,13 @@ seed repeats the story and not the microseconds. `Walk.account` is where every r
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,12 +43,16 @@ if (__import__("pathlib").Path(__file__).parent / "broken-config").exists():
     raise RuntimeError("a broken configuration")
 """
 WORKERS = 2
+LIBC = ctypes.CDLL(None, use_errno=True)
+PIDFD_GETFD = 438  # on every architecture
 #: How much later than the end of its worker a client may see the end of its request, in seconds (a busy machine).
 SLACK = 1.5
 #: How often the descriptors are counted.
 LOOKS = 3
 #: How long a worker may lack a processor between an answer and the store that says so, in seconds (a busy machine).
 UNTOLD = 0.5
+#: The same for one whose event loop was blocked by a request that is stuck, until it is killed.
+BLOCKED = 15.0
 #: How long before the master's word a worker that was forced to end may have let go of its connections, in seconds.
 FORCING = 2.0
 
@@ -149,17 +155,31 @@ def named_load(server: Server, kinds: list[str], seed: str, think: float = 0.05)
             process.stdin.close()
 
 
-def ports_of(pid: int) -> set[int]:
-    """The far ends of the TCP connections that the process has."""
+def ports_of(pid: int) -> set[int] | None:
+    """The far ends of the TCP connections that the process has; None where they cannot be seen (pidfd_getfd(2))."""
     found = set()
     try:
-        mine = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
-        for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
-            fields = line.split()
-            if f"socket:[{fields[9]}]" in mine:
-                found.add(int(fields[2].rpartition(":")[2], 16))
+        process = os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return None
+    try:
+        for each in os.listdir(f"/proc/{pid}/fd"):
+            if not os.readlink(f"/proc/{pid}/fd/{each}").startswith("socket:"):
+                continue
+            copy = LIBC.syscall(PIDFD_GETFD, process, int(each), 0)
+            if copy < 0:
+                return None
+            with socket.socket(fileno=copy) as connection:
+                try:
+                    peer = connection.getpeername()
+                except OSError:
+                    continue  # a listener, or one that has ended
+                if isinstance(peer, tuple):
+                    found.add(peer[1])
     except OSError:
-        pass  # it is gone
+        return None  # it is gone
+    finally:
+        os.close(process)
     return found
 
 
@@ -505,7 +525,7 @@ class Walk:
         def looked() -> bool:
             nonlocal looks
             if self._settled():
-                looks += 1
+                looks += bool(len(chosen) > 1)
                 for pid in (self.server.pid, *self.server.workers()):
                     try:
                         found = footprint_of(pid)
@@ -536,19 +556,18 @@ class Walk:
         book = self.application_book()
         begun = {name for what, name, _ in book if what == "begun"}
         reports, nameless = self._reports(ends)
+        blocked = {each.partition(":")[0] for name, by in reports.items() if name.startswith("/stuck/") for each in by}
         records = {each["name"]: each for each in self.traffic.records()}
 
         for record in records.values():
             name, outcome = record["name"], record["outcome"]
             found.sent += 1
             reported = reports.pop(name, None)
-            interrupted = outcome == "wrong_status" and record["detail"].startswith(
-                "500"
-            )  # gunicorn's sync worker does
-            if outcome == "ok" or (interrupted and self._explained(record)):
+            if outcome == "ok":
                 found.answered += 1
                 if reported:
-                    if any(each.explains(record, UNTOLD) for each in self.violence):
+                    untold = BLOCKED if reported[0].partition(":")[0] in blocked else UNTOLD
+                    if any(each.explains(record, untold) for each in self.violence):
                         found.late_reports += 1
                     else:
                         problem(f"reported as lost, and answered: {record} {reported}")

@@ -6,8 +6,9 @@ ones they got answered. What must hold, for every class:
 - a request that an application call has begun and whose client got no whole answer is in a loss report: in the event of
   its worker's end, or in the log where the master was killed too and nobody was left to hear the worker;
 - what is in a report was sent, is there once, and was not answered. One case is beyond every server: a worker that is killed
-  between the last byte of an answer and the store that says so leaves a report of a request that was answered. It is
-  allowed where the worker was ended by force at that moment, and nowhere else; `late_reports` counts it;
+  between the last byte of an answer and the store that says so leaves a report of a request that was answered (an event
+  loop that another request blocks just then stands between the two until it is killed). It is allowed where the worker
+  was ended by force at that moment, and nowhere else; `late_reports` counts it;
 - a request that is in neither was never read by any process of the server, and something was ended by force just then: by
   SIGKILL, a crash, a time-out or the hammer. Connections that a worker has accepted, and requests whose head it has not
   read to its end, are known to the kernel alone: they die with the process, no page has them, and no application has seen
