@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
+from tests.kit.processes import sockets
 from tests.kit.server import Server
 
 __all__ = ["footprint", "footprint_of"]
@@ -18,14 +20,15 @@ def footprint(server: Server) -> dict[str, list[int]]:
 
 def footprint_of(pid: int) -> dict[str, int]:
     """Descriptors but for client connections, bytes of environment, KiB of memory; OSError when the process is gone."""
-    ours = _sockets_of_ours(pid)
     kept = 0
-    for each in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            link = os.readlink(each)
-        except OSError:
-            continue  # closed while we looked
-        kept += not link.startswith("socket:[") or link[8:-1] in ours
+    with sockets(pid) as connections:  # those of this moment, and no others
+        for each in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                link = os.readlink(f"/proc/{pid}/fd/{each}")
+            except FileNotFoundError:
+                continue  # closed while we looked
+            connection = connections.get(int(each))
+            kept += not link.startswith("socket:") if connection is None else not _is_client(connection)
     status = Path(f"/proc/{pid}/status").read_text()
     if "VmRSS:" not in status:
         raise ProcessLookupError(f"{pid} has ended")
@@ -36,8 +39,6 @@ def footprint_of(pid: int) -> dict[str, int]:
     }
 
 
-def _sockets_of_ours(pid: int) -> set[str]:
-    """The inodes of unix sockets and of TCP sockets that listen: whatever else is a socket is a client's connection."""
-    unix = {line.split()[6] for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]}
-    tcp = (line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:])
-    return unix | {fields[9] for fields in tcp if fields[3] == "0A"}
+def _is_client(connection: socket.socket) -> bool:
+    """Whether it is a client's connection, or what was one: neither a unix socket nor one that listens."""
+    return connection.family != socket.AF_UNIX and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)

@@ -7,9 +7,13 @@ child subreaper, so a master that outlives the one before it becomes our child, 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = [
@@ -27,6 +31,8 @@ __all__ = [
 
 MARK = "GRACEKIT_DIRECTORY"
 _PR_SET_CHILD_SUBREAPER = 36
+_PIDFD_GETFD = 438  # on every architecture
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def be_subreaper() -> None:
@@ -75,6 +81,31 @@ def children(pid: int) -> list[int]:
     except (OSError, ValueError):
         pass
     return found
+
+
+@contextmanager
+def sockets(pid: int) -> Iterator[dict[int, socket.socket]]:
+    """Copies of the sockets of the process by its descriptors, for a look (pidfd_getfd(2)); OSError where that cannot be."""
+    found: dict[int, socket.socket] = {}
+    process = os.pidfd_open(pid)
+    try:
+        for each in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                link = os.readlink(f"/proc/{pid}/fd/{each}")
+            except FileNotFoundError:
+                continue  # closed while we looked
+            if not link.startswith("socket:"):
+                continue
+            copy = _LIBC.syscall(_PIDFD_GETFD, process, int(each), 0)
+            if copy >= 0:
+                found[int(each)] = socket.socket(fileno=copy)
+            elif ctypes.get_errno() != errno.EBADF:
+                raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        yield found
+    finally:
+        os.close(process)
+        for copied in found.values():
+            copied.close()
 
 
 def of_directory(directory: str) -> list[int]:

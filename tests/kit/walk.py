@@ -6,13 +6,11 @@ seed repeats the story and not the microseconds. `Walk.account` is where every r
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +23,7 @@ from typing import Any
 
 from gracehooks.demo import clients as clients_script
 from tests.kit.footprint import footprint_of
-from tests.kit.processes import alive, state
+from tests.kit.processes import alive, sockets, state
 from tests.kit.server import VERDICTS, Server
 from tests.kit.waiting import Late, eventually
 
@@ -43,8 +41,6 @@ if (__import__("pathlib").Path(__file__).parent / "broken-config").exists():
     raise RuntimeError("a broken configuration")
 """
 WORKERS = 2
-LIBC = ctypes.CDLL(None, use_errno=True)
-PIDFD_GETFD = 438  # on every architecture
 #: How much later than the end of its worker a client may see the end of its request, in seconds (a busy machine).
 SLACK = 1.5
 #: How often the descriptors are counted.
@@ -156,30 +152,19 @@ def named_load(server: Server, kinds: list[str], seed: str, think: float = 0.05)
 
 
 def ports_of(pid: int) -> set[int] | None:
-    """The far ends of the TCP connections that the process has; None where they cannot be seen (pidfd_getfd(2))."""
+    """The far ends of the TCP connections that the process has; None where they cannot be seen."""
     found = set()
     try:
-        process = os.pidfd_open(pid)
-    except (OSError, AttributeError):
-        return None
-    try:
-        for each in os.listdir(f"/proc/{pid}/fd"):
-            if not os.readlink(f"/proc/{pid}/fd/{each}").startswith("socket:"):
-                continue
-            copy = LIBC.syscall(PIDFD_GETFD, process, int(each), 0)
-            if copy < 0:
-                return None
-            with socket.socket(fileno=copy) as connection:
+        with sockets(pid) as connections:
+            for each in connections.values():
                 try:
-                    peer = connection.getpeername()
+                    peer = each.getpeername()
                 except OSError:
                     continue  # a listener, or one that has ended
                 if isinstance(peer, tuple):
                     found.add(peer[1])
     except OSError:
         return None  # it is gone
-    finally:
-        os.close(process)
     return found
 
 
