@@ -23,7 +23,7 @@ from typing import Any
 
 from gracehooks.demo import clients as clients_script
 from tests.kit.footprint import footprint_of
-from tests.kit.processes import alive, sockets, state
+from tests.kit.processes import alive, sockets, start_time, state
 from tests.kit.server import VERDICTS, Server
 from tests.kit.waiting import Late, eventually
 
@@ -43,6 +43,8 @@ if (__import__("pathlib").Path(__file__).parent / "broken-config").exists():
 WORKERS = 2
 #: How much later than the end of its worker a client may see the end of its request, in seconds (a busy machine).
 SLACK = 1.5
+#: A worker that was hit is gone within so long, in seconds; later its pid is somebody else's.
+LONGEST = 60.0
 #: How often the descriptors are counted.
 LOOKS = 3
 #: How long a worker may lack a processor between an answer and the store that says so, in seconds (a busy machine).
@@ -233,8 +235,8 @@ class Walk:
         self.violence: list[Violence] = []
         self.footprints: list[dict[str, list[int]]] = []
         self.began = time.monotonic()
-        self._masters: set[int] = {server.pid}
-        self._stuck = self._heard = 0
+        self._masters: dict[int, int] = {}
+        self._stuck = self._heard = self._listened = 0
         self._master_killed = 0.0
 
     # -- the story ---------------------------------------------------------------------------------------------------
@@ -402,13 +404,19 @@ class Walk:
         eventually(lambda: not alive(pid), what="the end of the master")
 
     def masters(self) -> list[int]:
-        """Every master that was heard of and lives."""
-        self._masters.add(self.server.process.pid)
-        for each in self.server.events():
-            self._masters.add(each["pid"])
+        """Every master that was heard of and lives; pids come again, so each is known with its start."""
+        for each in self.server.events()[self._listened :]:
+            self._listened += 1
+            heard = {each["pid"]}
             if each["event"] == "UpgradeStarted" and each["kind"] == "upgrade":
-                self._masters.add(each["successor"])
-        return [pid for pid in self._masters if alive(pid)]
+                heard.add(each["successor"])
+            self._masters.update({pid: start_time(pid) for pid in heard if pid not in self._living()})
+        if self.server.process.poll() is None:
+            self._masters[self.server.process.pid] = start_time(self.server.process.pid)
+        return self._living()
+
+    def _living(self) -> list[int]:
+        return [pid for pid, start in self._masters.items() if start and alive(pid) and start_time(pid) == start]
 
     def stop(self, name: str) -> None:
         """A final stop; the walk starts the server again when it settles."""
@@ -584,11 +592,14 @@ class Walk:
 
     def _see_ends(self, ends: list[dict[str, Any]]) -> None:
         """When each act of violence was over, and what else was ended by force: time-outs, bounds."""
-        known = {each.pid: each for each in self.violence if each.pid > 0}
         for each in ends:
-            act = known.get(each["worker"])
-            if act is not None:
-                act.ended = min(act.ended, each["at"])
+            acts = [
+                act
+                for act in self.violence
+                if act.pid == each["worker"] and act.began <= each["at"] < act.began + LONGEST
+            ]
+            if acts:
+                acts[-1].ended = min(acts[-1].ended, each["at"])
             elif each["reason"] != "drained":
                 self.violence.append(Violence(each["reason"], each["worker"], each["at"] - FORCING, each["at"]))
         for each in self.violence:
