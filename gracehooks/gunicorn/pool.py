@@ -321,6 +321,8 @@ class Pool:
             return "drained"
         if departure is None or os.WEXITSTATUS(status) != 1:
             return f"ended with {how}"
+        if self._master.stop.forced:
+            return departure.reason  # the hammer's: no time was over
         if worker.page.report or worker.page.phase <= Phase.REQUESTS:
             return "drain timeout"
         return "job timeout" if worker.page.phase is Phase.JOBS else "cleanup timeout"

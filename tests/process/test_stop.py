@@ -121,6 +121,7 @@ def test_int_is_the_hammer_at_any_moment():
             record = last_stop(server)
             assert record["outcome"] == "forced"
             assert len(record["lost"]["requests"]) == 2, record
+            assert all("forced by SIGINT" in each["reason"] for each in record["lost"]["requests"]), record
             assert not server.pidfile.exists()
 
 
