@@ -179,6 +179,7 @@ class Drain:
     def watch(self) -> None:
         """Start the sentinel; in the worker process, once."""
         if self._sentinel is None:
+            self._last_resort.tell_stacks()
             self._sentinel = Sentinel(self, self._sentinel_failed)
             self._sentinel.start()
 

@@ -15,13 +15,18 @@ import _thread
 import faulthandler
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from gracehooks.deadline import Deadline
 
-__all__ = ["LastResort", "Sentinel", "native"]
+__all__ = ["STACKS", "LastResort", "Sentinel", "native"]
+
+#: The signal at which a worker prints every stack, also while a C call holds the GIL: for the master, before it kills one
+#: that never learned that it should leave. A real-time signal, which nobody sends by chance; 0 where there are none.
+STACKS = signal.SIGRTMIN + 11 if hasattr(signal, "SIGRTMIN") else 0
 
 #: How often the sentinel looks around while nothing has been said to it, in seconds: a main thread that is stuck in C does
 #: not run the signal's handler, so the order on the page and the parent's pid are looked at as well.
@@ -48,6 +53,11 @@ class LastResort:
             faulthandler.dump_traceback_later(max(deadline.left(), 0.05), exit=True, file=self._descriptor)
         except (OSError, ValueError, RuntimeError):
             pass  # the descriptor is closed or the memory has run out; the master's SIGKILL is behind us
+
+    def tell_stacks(self) -> None:
+        """From now on print every stack at STACKS."""
+        if STACKS:
+            faulthandler.register(STACKS, file=self._descriptor)
 
     def disarm(self) -> None:
         """Let the process live."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gracehooks import events, processes
 from gracehooks.deadline import Deadline
+from gracehooks.drain.watchdog import STACKS
 from gracehooks.gunicorn.leftovers import end_leftovers
 from gracehooks.gunicorn.losses import Losses, OutOfMemory, losses_of
 from gracehooks.gunicorn.workers.attached import Attached
@@ -32,7 +33,11 @@ BOOTING_LEAVES_WITHIN = 1.0
 MARGIN = 0.5
 #: How long beyond the drain time a worker may take to learn that it was told to leave, before it is killed. Its sentinel
 #: looks four times a second: only what holds the GIL, or has stopped the process, keeps that from it.
-HEARD = 0.75
+HEARD = 0.6
+#: How long it may take to print its stacks before that, in seconds.
+STACKS_WITHIN = 0.15
+#: The shortest drain time that this is reckoned from, in seconds: a busy machine may keep a worker waiting for its turn.
+SHORTEST_DRAIN = 1.0
 #: Between one failed boot and the next try, in seconds, and the longest.
 BACKOFF, LONGEST_BACKOFF = 0.5, 10.0
 
@@ -47,6 +52,7 @@ class Departure:
     forced: bool = False
     #: By when it must know that it was told, or nothing in it runs any more; endless for a class that does not say so.
     heard: Deadline = field(default_factory=lambda: Deadline(float("inf")))
+    asked: bool = False  #: for its stacks, since it does not know
 
     def overdue(self, *, ready: bool, leaving: bool) -> bool:
         """Whether the worker must be killed now; `ready` and `leaving` are what its page says."""
@@ -184,7 +190,7 @@ class Pool:
         bound = BOOTING_LEAVES_WITHIN if booting else self._master.settings.leave_budget + MARGIN
         departure = self.leaving[pid] = Departure(Deadline.after(bound), reason, booting)
         if getattr(worker, "drains", False):
-            departure.heard = Deadline.after(self._master.settings.drain_timeout + HEARD)
+            departure.heard = Deadline.after(max(self._master.settings.drain_timeout, SHORTEST_DRAIN) + HEARD)
         processes.signal_process(pid, signal.SIGTERM)
 
     def hammer(self, reason: str, deadline: Deadline) -> None:
@@ -214,6 +220,10 @@ class Pool:
                     departure.deadline = Deadline.after(self._master.settings.leave_budget + MARGIN)
                 else:
                     if not departure.deadline.passed:
+                        if STACKS and not departure.asked:
+                            departure.asked, departure.heard = True, Deadline.after(STACKS_WITHIN)
+                            processes.signal_process(pid, STACKS)
+                            continue
                         departure.reason += "; nothing in it has run since: a call in C holds it"
                     self._kill(pid, departure)
 

@@ -49,7 +49,7 @@ WAYS = [
     # What a request runs in an executor is a job of its own, and stands in a thread.
     Way("executor", LOOPS, DRAIN + JOBS, request="GET /stuck", job="endless", says="in endless"),
     Way("thread", CLASSES, OTHERS * OTHER + JOBS, job="endless thread", says="endless thread"),
-    Way("gil", CLASSES, DRAIN, request="GET /stuck", says="a call in C holds it"),
+    Way("gil", CLASSES, DRAIN, request="GET /stuck", says="in hold_the_gil"),
     Way("gil late", CLASSES, DRAIN, request="GET /stuck", says="app.py"),
     Way("exit", CLASSES, OTHERS * OTHER + AT_EXIT),
     Way("atexit", CLASSES, OTHERS * OTHER + CLEANUP, says="in hang_at_exit"),
