@@ -70,7 +70,7 @@ def make(drain_timeout: float = 30, **settings: float) -> Drain:
     chosen = Settings(drain_timeout=drain_timeout, **{"job_timeout": 5, "cleanup_timeout": 5, **settings})  # type: ignore[arg-type]
     drain = Drain(page, chosen, logging.getLogger("test"), Host(), parent=1)
 
-    def leave(code: int) -> None:
+    def leave(code: int, flushes: object = ()) -> None:
         raise Exit(code)
 
     drain._exit = leave  # type: ignore[method-assign]
