@@ -285,3 +285,27 @@ def test_what_waits_for_a_worker_that_is_stuck_is_counted(worker: str) -> None:
         assert lost[-1]["reason"] == "no worker was left to accept it"
         for each in silent:
             each.close()
+
+
+HAMMERED = [(way, worker) for way, worker in MATRIX if way.request and way.name not in ("arriving", "gil late")]
+
+
+@pytest.mark.parametrize(
+    ("way", "worker"),
+    HAMMERED if os.environ.get("TEST_FULL") == "1" else [each for each in HAMMERED if each[0].name == "gil"][:1],
+    ids=lambda each: getattr(each, "name", each),
+)
+def test_the_hammer_ends_what_is_stuck(way: Way, worker: str) -> None:
+    source = APP + (ASGI if worker in LOOPS else WSGI) % {"other": OTHER}
+    config = "gracehooks.configure(drain_timeout=60, job_timeout=60)\n"
+    with serve(source, config, worker=worker, workers=2, env={"WAY": way.name, "CLASS": worker}) as server:
+        stuck = ask(server, "stuck?secret")
+        begun(server, "stuck")
+        with within(1.0 + 1.0, slack=1.5):
+            server.signal("INT")
+            server.wait_gone(server.process.pid)
+        stopped = server.wait_for("Stopped")
+        assert [f"{each['method']} {each['path']}" for each in stopped["lost"]["requests"]] == [way.request]
+        assert [each["name"] for each in stopped["lost"]["jobs"]] == [way.job] * bool(way.job)
+        assert stopped["outcome"] == "forced"
+        assert stuck.result(60) in (0, 500)
