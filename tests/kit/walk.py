@@ -262,7 +262,6 @@ class Walk:
         self.pause(0.5)
         while self.wanted != WORKERS:
             self.one_worker(more=self.wanted < WORKERS)
-            self.settle()
         self.footprints.append(self.look_at_footprint(min))
         self.tell("the last stop")
         self.stop("TERM")
@@ -366,6 +365,7 @@ class Walk:
         """One worker more, or less; two equal signals at once would be one."""
         self.send("TTIN" if more else "TTOU", self.server.pid)
         self.wanted += 1 if more else -1
+        self.settle()  # signals have no order: an upgrade right after it may take the old number along
 
     def a_worker(self, master: int = 0) -> int:
         """One of the workers; 0 when there is none."""
