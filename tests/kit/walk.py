@@ -363,6 +363,7 @@ class Walk:
 
     def one_worker(self, *, more: bool) -> None:
         """One worker more, or less; two equal signals at once would be one."""
+        self.settle()  # a master that is just being replaced would not hear it
         self.send("TTIN" if more else "TTOU", self.server.pid)
         self.wanted += 1 if more else -1
         self.settle()  # signals have no order: an upgrade right after it may take the old number along
