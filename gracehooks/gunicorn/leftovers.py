@@ -27,13 +27,14 @@ def end_leftovers(pid: int, page: Page, mark: str) -> None:
     """Kill whatever the worker `pid`, which has ended, has left behind."""
     killed: set[int] = set()
     for _ in range(ROUNDS):
-        found = {*processes.tree_of(*_children(page)), *processes.marked(MARK, mark)}
+        # Parents first: a script whose child is killed before it would go on to its next line.
+        found = [*processes.tree_of(*_children(page)), *sorted(processes.marked(MARK, mark), key=processes.started)]
         processes.kill_group(pid)
         for each in found:
             processes.signal_process(each, signal.SIGKILL)
-        if found <= killed:
+        if killed.issuperset(found):
             return
-        killed |= found
+        killed.update(found)
 
 
 def _children(page: Page) -> list[int]:

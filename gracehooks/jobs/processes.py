@@ -351,12 +351,13 @@ def _children(of: int, seen: Mapping[int, Seen]) -> list[Seen]:
     return [each for each in seen.values() if each.parent == of]
 
 
-def _tree(of: Iterable[int], seen: Mapping[int, Seen]) -> set[int]:
-    found: set[int] = set()
+def _tree(of: Iterable[int], seen: Mapping[int, Seen]) -> list[int]:
+    """They and their descendants, parents first: a script whose child is killed before it would go on to its next line."""
+    found: list[int] = []
     level = set(of)
     while level:
-        found |= level
-        level = {each.pid for each in seen.values() if each.parent in level} - found
+        found += level
+        level = {each.pid for each in seen.values() if each.parent in level} - set(found)
     return found
 
 
@@ -500,7 +501,8 @@ class Descendants:
         multiprocessing's helpers are left: they see the end of this process, clean up behind it, and leave.
         """
         if _has_children():
-            _end_politely(_tree([os.getpid()], scan()) - {os.getpid()} - _helpers())
+            spared = {os.getpid(), *_helpers()}
+            _end_politely(pid for pid in _tree([os.getpid()], scan()) if pid not in spared)
 
 
 def _end_politely(pids: Iterable[int]) -> None:
@@ -527,8 +529,9 @@ def kill_descendants(*, infrastructure: bool = True) -> None:
         spared: set[int] = {os.getpid()}
         if not infrastructure:
             roots = [pid for pid, start in _infrastructure.items() if pid in seen and seen[pid].started == start]
-            spared |= _tree([*roots, *_helpers()], seen)
-        doomed = [pid for pid in _tree([os.getpid()], seen) - spared if pid in seen and seen[pid].alive]
+            spared.update(_tree([*roots, *_helpers()], seen))
+        tree = _tree([os.getpid()], seen)
+        doomed = [pid for pid in tree if pid not in spared and pid in seen and seen[pid].alive]
         if not doomed:
             return
         for pid in doomed:  # again and again: one of them may have forked meanwhile
