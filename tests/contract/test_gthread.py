@@ -14,8 +14,11 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.workers import gthread
+from gunicorn.workers.sync import SyncWorker
 
 from gracehooks.gunicorn.workers import thread as ours
+from gracehooks.gunicorn.workers.attached import attached
+from gracehooks.gunicorn.workers.patience import Patient, needs_patience
 
 ThreadWorker = gthread.ThreadWorker
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -121,6 +124,18 @@ def test_the_loop_beats_at_each_turn_and_gives_each_event_to_its_callback():
     assert "callback(key.fileobj)" in inspect.getsource(turn)
     # `accept` is called with the listener last: with its name before it in gunicorn 23.
     assert list(inspect.signature(ThreadWorker.accept).parameters)[-1] == "listener"
+
+
+def test_gunicorn_23_closes_its_poller_as_soon_as_it_is_told_and_goes_on_with_patience():
+    assert needs_patience(ThreadWorker) is not ours.QUEUED
+    assert not needs_patience(SyncWorker)
+    assert (Patient in attached(ThreadWorker).__mro__) is not ours.QUEUED
+    if not ours.QUEUED:
+        source = inspect.getsource(ThreadWorker.run)
+        assert "while self.alive:" in source
+        assert source.index("self.murder_keepalived()") < source.index("self.poller.close()")
+        assert "if keepalive and self.alive:" in inspect.getsource(ThreadWorker.finish_request)
+        assert "if not self.alive or not self.cfg.keepalive:" in inspect.getsource(ThreadWorker.handle_request)
 
 
 def test_the_pool_is_not_waited_for_and_requests_are_counted():

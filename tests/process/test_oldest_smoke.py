@@ -51,3 +51,25 @@ def test_a_sync_worker_with_threads_is_served_by_ours():
         assert server.upgrade()["event"] == "UpgradeCompleted"
         assert "Using worker: gracehooks.Worker" in server.log()
         assert "threads = 2: gracehooks.Worker serves in the place of SyncWorker" in server.log()
+
+
+def test_gunicorns_own_threads_go_on_with_the_connections_that_they_have():
+    """Those of gunicorn 23 by our patience, later ones by themselves."""
+    with serve(worker="gthread", config="on_starting = gracehooks.on_starting\n") as server:
+        with load(server, kinds=("new", "keepalive", "late"), clients=6, think=0) as traffic:
+            for _ in range(2):
+                traffic.wait(100)
+                assert server.upgrade()["event"] == "UpgradeCompleted"
+            traffic.wait(50)
+        assert not traffic.lost, traffic.table()
+        silent = [server.address.connect() for _ in range(10)]
+        assert server.get("/fast").status == 200
+        server.signal("TERM")
+        server.wait_for("AcceptingEnded")
+        for each in silent:
+            each.sendall(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+        for each in silent:
+            assert each.recv(1000).startswith(b"HTTP/1.1 200 ")
+            each.close()
+        server.wait_gone(server.process.pid)
+        assert server.history()[-1]["outcome"] == "completed"

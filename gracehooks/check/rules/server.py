@@ -66,8 +66,7 @@ def not_attached(facts: Facts) -> Iterator[Seen]:
     "stock-worker",
     finds="`on_starting = gracehooks.on_starting` with a worker class that is not one of gracehooks'",
     happens="work that requests started (threads, tasks, processes) is neither waited for nor reported, and the report does "
-    "not name requests in flight; connections leave as gunicorn has it: before 24 its gthread drops those that it has "
-    "accepted and not read, at each upgrade and stop",
+    "not name requests in flight",
     moment="when a worker leaves: stop, upgrade, reload, max_requests",
     cure='worker_class = "{ours}"',
     source="gracehooks/gunicorn/master.py says it at the start, too",

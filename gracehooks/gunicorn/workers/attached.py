@@ -21,6 +21,7 @@ from gracehooks import processes, settings
 from gracehooks.gunicorn.hooks import chain
 from gracehooks.gunicorn.leftovers import MARK
 from gracehooks.gunicorn.workers import ready
+from gracehooks.gunicorn.workers.patience import Patient, needs_patience
 from gracehooks.scoreboard import Order, Page, Phase
 
 __all__ = ["Attached", "attached", "is_asgi"]
@@ -131,7 +132,8 @@ def attached(worker_class: type) -> type:
     """`worker_class` with `Attached` in front; a class that has it already comes back as it is."""
     if issubclass(worker_class, Attached) or not issubclass(worker_class, StockWorker):
         return worker_class
-    return type(worker_class.__name__, (Attached, worker_class), {"__module__": worker_class.__module__})
+    bases = (Attached, Patient, worker_class) if needs_patience(worker_class) else (Attached, worker_class)
+    return type(worker_class.__name__, bases, {"__module__": worker_class.__module__})
 
 
 def lead_own_group() -> None:
