@@ -16,7 +16,7 @@ from gracehooks.scoreboard import Page
 __all__ = ["MARK", "end_leftovers"]
 
 #: The variable in a worker's environment that says whose every descendant is.
-MARK = "GRACEHOOKS_WORKER"
+MARK = "_GRACEHOOKS_WORKER"
 #: So often we look again for what was forked meanwhile.
 ROUNDS = 5
 

@@ -229,6 +229,25 @@ def test_the_hammer_and_the_death_of_a_worker_leave_no_process() -> None:
         assert ended(running)["abandoned"] == 7
 
 
+CHILD = """
+PROGRAM = "from gracehooks import jobs; jobs.submit(print, 'from the child', flush=True)"
+
+
+def answer(kind):
+    if kind == "go":
+        done = jobs.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+        return done.stdout + done.stderr
+    return kind
+
+
+"""
+
+
+def test_a_program_that_a_worker_starts_may_have_jobs_of_its_own() -> None:
+    with server("gracehooks.Worker", CHILD) as running:
+        assert running.get("/go").text == "from the child\n"
+
+
 DETACHED = """
 STAY = "import time; print(1, flush=True); time.sleep(3600)"
 LINES = {
