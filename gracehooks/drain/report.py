@@ -38,6 +38,8 @@ _SERVERS = tuple(
         "gevent/_",
     )
 )
+#: What looks at a stack from its top, where a signal handler writes the report of the very thread that it interrupted.
+_ONLOOKERS = tuple(part.replace("/", os.sep) for part in ("/gracehooks/drain/", "/gracehooks/gunicorn/"))
 _LIBRARY = os.sep + "site-packages" + os.sep
 
 
@@ -113,6 +115,8 @@ def _lines(found: list[tuple[str, int, str]]) -> str:
     frames = list(found)
     while frames and any(part in frames[-1][0] for part in _SERVERS):
         frames.pop()
+    while frames and any(part in frames[0][0] for part in _ONLOOKERS):
+        frames.pop(0)
     frames = (frames or found)[:FRAMES]
     return "\n".join(f"{_short(file)}:{line} in {name}" for file, line, name in frames)[:LONGEST]
 

@@ -34,6 +34,11 @@ def test_where_a_thread_stands() -> None:
     assert report.where(thread.ident) == ""
 
 
+def test_a_thread_that_reports_itself_stands_where_it_was_interrupted() -> None:
+    first = report.where(threading.get_ident()).partition("\n")[0]
+    assert first.endswith(" in test_a_thread_that_reports_itself_stands_where_it_was_interrupted"), first
+
+
 def test_where_a_task_stands_innermost_first() -> None:
     async def inner() -> None:
         await asyncio.sleep(60)
