@@ -185,7 +185,7 @@ class Watch:
         mine: dict[str, Any] = {} if str(current.get("id", "")) in self.known else current
         for record in records:
             # Once ours is known by its id, a refusal is somebody else's.
-            if record.get("kind") != "stop" and (not mine or record.get("id") == mine.get("id")):
+            if record.get("kind") in ("upgrade", "reload") and (not mine or record.get("id") == mine.get("id")):
                 return str(record.get("outcome")), {**record, "generation": now.get("generation")}
         facts = {**mine, "generation": now.get("generation")}
         if mine.get("state") in ("completed", "rolled_back"):
@@ -442,7 +442,7 @@ def _last(upgrade: Mapping[str, Any]) -> str:
 
 
 def history(instance: Instance, args: argparse.Namespace) -> int:
-    """Past upgrades, reloads and stops, oldest first."""
+    """Past upgrades, reloads and stops, and what workers lost between them; oldest first."""
     records = instance.history()
     if args.last is not None:
         records = records[-args.last :] if args.last else []
@@ -470,7 +470,7 @@ COMMANDS = {
     "reload": "replace the workers, read the configuration again; wait for the verdict",
     "stop": "stop in order, within the stop budget; print what was lost",
     "status": "what the instance does now",
-    "history": "past upgrades, reloads and stops",
+    "history": "past upgrades, reloads and stops, and what workers lost between them",
     "check": "what in a configuration would lose requests or break an upgrade",
     "run": "run a server under a parent whose pid never changes, for supervisord and containers",
     "demo": "a real server, real load, three upgrades, a stop with jobs",

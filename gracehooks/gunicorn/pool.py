@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -289,10 +290,12 @@ class Pool:
         reason = self._why(worker, departure, status, how)
         found = losses_of(page, pid, reason)
         self.ended.add(found)
-        for farewell in self._farewells:
-            if pid in farewell.workers:
-                farewell.workers.discard(pid)
-                farewell.losses.add(found)
+        awaited = [farewell for farewell in self._farewells if pid in farewell.workers]
+        for farewell in awaited:
+            farewell.workers.discard(pid)
+            farewell.losses.add(found)
+        if not (awaited or self._master.retiring or self._master.stop.recorded):
+            self._record_by_itself(pid, reason, found)
         events.publish(
             events.WorkerEnded(
                 **self._master.identity(),
@@ -314,6 +317,24 @@ class Pool:
         page.close()
         if departure is None:
             self._master.worker_lost(pid, worker, reason if ready else failure, ready, status)
+
+    def _record_by_itself(self, pid: int, reason: str, found: Losses) -> None:
+        """What a worker lost outside of a replacement or a stop goes to the history at once: the next record may be far.
+
+        That of a stop says it once more, with all that this master has lost since it serves.
+        """
+        if found.lost["requests"] or found.lost["jobs"]:
+            record = {
+                "id": uuid.uuid4().hex[:12],
+                "kind": "worker",
+                "outcome": "forced",
+                "reason": f"worker {pid}: {reason}",
+                "phases": {},
+                "lost": found.lost,
+                "jobs": found.jobs,
+                "requests_answered": found.answered,
+            }
+            self._master.record(record)
 
     def _why(self, worker: Any, departure: Departure | None, status: int, how: str) -> str:
         if departure is not None and departure.forced:

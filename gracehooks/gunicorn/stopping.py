@@ -62,6 +62,11 @@ class Stopping:
         return self._stop is not None
 
     @property
+    def recorded(self) -> bool:
+        """Whether a stop is under way whose record will say what is lost."""
+        return self._stop is not None and self._stop.final
+
+    @property
     def lame_duck(self) -> bool:
         """Whether the readiness answers 503 while requests are still accepted."""
         return self._stop is not None and self._stop.lame_duck is not None

@@ -237,6 +237,15 @@ def test_somebody_elses_refusal_is_not_ours(fake):
     assert upgrade(fake) == 0
 
 
+def test_what_a_worker_loses_meanwhile_is_no_verdict(fake):
+    def then():
+        fake.record(id="w", kind="worker", outcome="forced", reason="worker 7: killed by SIGKILL")
+        fake.record(id="u2", kind="upgrade", outcome="completed")
+
+    fake.when_asked(then)
+    assert upgrade(fake) == 0
+
+
 def test_an_earlier_verdict_is_not_ours(fake):
     fake.status(upgrade={**UPGRADE, "id": "earlier", "state": "completed"})
     fake.record(id="before", kind="upgrade", outcome="rolled_back", reason="no")
