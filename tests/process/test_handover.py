@@ -54,7 +54,8 @@ def watched(path: Path) -> Iterator[list[str]]:
 
 def test_pidfile_control_socket_generation_and_worker_count_are_handed_over():
     app = apps.WSGI.replace('path == "/pid"', 'path == "/environ"').replace(
-        "str(os.getpid())", "' '.join(each for each in os.environ if each.startswith(('GUNICORN_', 'GRACEHOOKS_')))"
+        "str(os.getpid())",
+        "' '.join(each for each in os.environ if each.lstrip('_').startswith(('GUNICORN_', 'GRACEHOOKS_')))",
     )
     with serve(app=app) as server:
         control = server.dir / "gunicorn.ctl"
@@ -77,7 +78,7 @@ def test_pidfile_control_socket_generation_and_worker_count_are_handed_over():
         assert not wrong, wrong[:5]
         assert not traffic.lost, traffic.table()
         # Nothing of the handover leaks into the application: there is the worker's own mark, and no more.
-        assert server.get("/environ").text == "GRACEHOOKS_WORKER"
+        assert server.get("/environ").text == "_GRACEHOOKS_WORKER"
         if control.exists():
             with socket.socket(socket.AF_UNIX) as connection:
                 eventually(lambda: connection.connect_ex(str(control)) in (0, 106), what="the control socket answers")
