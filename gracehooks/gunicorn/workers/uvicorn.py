@@ -221,6 +221,8 @@ def _listen_for_the_end(protocol_class: type) -> None:
     if stock is None or hasattr(stock, "told"):
         return
 
+    receive = stock.receive
+
     class RequestResponseCycle(stock):
         """uvicorn's own, which can be told of the drain and goes on sending all the same."""
 
@@ -229,27 +231,41 @@ def _listen_for_the_end(protocol_class: type) -> None:
         body_ended = False
         head: bytes | None = None
         transport: Any
+        more_body: bool
+        message_event: Any
 
-        async def receive(self) -> Any:
+        def receive(self) -> Any:
+            if self.body_ended or self.more_body or not self.message_event.is_set():
+                return self._wait()
+            # All of the body is here, and uvicorn's own gives it without waiting: a coroutine round it would be dear.
+            self._all_is_read()
+            return receive(self)
+
+        async def _wait(self) -> Any:
             if self.told and self.body_ended:
                 return DISCONNECT
-            message = await super().receive()
+            message = await receive(self)
             if message["type"] == "http.request":
                 if self.told and self.body_ended and not message["body"]:
                     return DISCONNECT
                 if not message["more_body"]:
-                    self.body_ended = True
-                    if self.head is None and not self.response_started:
-                        # It may listen for the client's end from now on, and its answer may be a long one: of what type?
-                        self.head = b""
-                        self.transport = _Overheard(self, self.transport)
+                    self._all_is_read()
             return message
+
+        def _all_is_read(self) -> None:
+            self.body_ended = True
+            if self.head is None and not self.response_started:
+                # It may listen for the client's end from now on, and its answer may be a long one: of what type?
+                self.head = b""
+                self.transport = _Overheard(self, self.transport)
 
     module.RequestResponseCycle = RequestResponseCycle  # type: ignore[attr-defined]
 
 
 class _Overheard:
     """A transport whose next write is the head of an answer, which is noted; then it takes itself out of the way."""
+
+    __slots__ = ("cycle", "transport")
 
     def __init__(self, cycle: Any, transport: Any) -> None:
         self.cycle = cycle
@@ -261,7 +277,7 @@ class _Overheard:
     def write(self, data: bytes) -> None:
         """The head, unless it is only a "100 Continue"."""
         if not data.startswith(b"HTTP/1.1 100 "):
-            self.cycle.head = bytes(data[:HEAD])
+            self.cycle.head = data if len(data) <= HEAD else bytes(data[:HEAD])
             self.cycle.transport = self.transport
         self.transport.write(data)
 
