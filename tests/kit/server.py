@@ -59,7 +59,7 @@ def _write_event(event):
 
 
 gracehooks.configure(
-    probation=0.3, ready_timeout=10, drain_timeout=5, job_timeout=5, cleanup_timeout=2, on_event=_write_event
+    probation=0.3, ready_timeout=30, drain_timeout=5, job_timeout=5, cleanup_timeout=2, on_event=_write_event
 )
 
 # -- the test's own --

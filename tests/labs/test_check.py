@@ -192,9 +192,9 @@ def test_the_application_is_booted_once_and_within_its_bound(place, capsys):
     (place / "broken.py").write_text("import no_such_module")
     assert found(capsys, "broken:app", boot=True) == ["boot-failed"]
     (place / "hung.py").write_text("import time, subprocess\nsubprocess.Popen(['sleep', '3600'])\ntime.sleep(3600)")
-    assert check.main(["hung:app", "--timeout", "2"]) == 1
+    assert check.main(["hung:app", "--timeout", "4"]) == 1
     said = capsys.readouterr().out
-    assert "was not ready within 2 s" in said
+    assert "was not ready within 4 s" in said
     assert 'hung.py", line 3' in said
 
 
