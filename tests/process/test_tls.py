@@ -50,7 +50,7 @@ def test_nothing_is_lost_over_tls(worker: str) -> None:
 
 @pytest.mark.parametrize("worker", CLASSES)
 def test_silent_connections_and_handshakes_leave_within_the_linger(worker: str) -> None:
-    with serve(worker=worker, workers=1, tls=True) as server:
+    with serve(worker=worker, config="keepalive = 60\n", workers=1, tls=True) as server:
         plain = socket.create_connection((server.address.host, server.address.port))
         begun = socket.create_connection((server.address.host, server.address.port))
         begun.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a ClientHello
@@ -138,7 +138,7 @@ class HTTP2:
 
 @pytest.mark.parametrize("worker", SPEAKING)
 def test_http2_streams_end_and_are_told_goodbye(worker: str) -> None:
-    with serve(worker=worker, config="http_protocols = 'h2,h1'\n", workers=1, tls=True) as server:
+    with serve(worker=worker, config="http_protocols = 'h2,h1'\nkeepalive = 60\n", workers=1, tls=True) as server:
         idle, fresh, busy = HTTP2(server), HTTP2(server), HTTP2(server)
         asked = idle.ask("/")
         idle.until(1)
