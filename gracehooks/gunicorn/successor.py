@@ -224,7 +224,10 @@ class ReexecHost:
         if gone and not self._told_death:
             self._told_death = True
             self._copy_stderr()
-            yield Fact(Happened.DIED, self._failure or self._death())
+            # It may have been replaced already, and killed before it could say so.
+            serving = self._arbiter.grace.book.serving_master()
+            superseded = serving not in (0, os.getpid(), self.pid) and processes.alive(serving)
+            yield Fact(Happened.SUPERSEDED if superseded else Happened.DIED, self._failure or self._death())
 
     def _heard(self, channel: Channel) -> Iterator[Fact]:
         for message in channel.receive():

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from gunicorn import util
 
 from gracehooks import events, processes
+from gracehooks.deadline import Deadline
 from gracehooks.gunicorn import pidfile
+from gracehooks.gunicorn.pool import MARGIN
 from gracehooks.gunicorn.predecessor import Handover, Predecessor
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class Takeover:
         self._open: dict[str, Any] | None = None
         #: The id of an upgrade that systemd has not been told of yet, else empty.
         self._unnamed = ""
+        #: By when it must be clear who serves after an old master that was killed.
+        self._undecided: Deadline | None = None
 
     @property
     def ahead(self) -> bool:
@@ -84,7 +88,7 @@ class Takeover:
                     self._promote(self.handover, "commit", message.get("phases", {}))
                     return
             if (old.channel is None or old.channel.closed) and not old.alive:
-                self._promote(self.handover, "the old master died", {})
+                self._inherit(self.handover)
             return
         for each in list(self._older):
             for message in each.channel.receive() if each.channel is not None else ():
@@ -100,6 +104,20 @@ class Takeover:
                 each.channel = None
             if not each.alive:
                 self._older.remove(each)
+
+    def _inherit(self, handover: Handover) -> None:
+        """The old master has died: serve in its place, unless the generation before it serves again.
+
+        That one comes back when the master that replaced it dies while it leaves; it is proven, and we are not. It has seen
+        the death as we have: soon it serves, or has left.
+        """
+        before = [each for each in handover.draining if each.generation == handover.old.generation - 1 and each.alive]
+        if self._undecided is None:
+            self._undecided = Deadline.after(self._master.settings.leave_budget + MARGIN)
+        if not before or self._undecided.passed:
+            self._promote(handover, "the old master died", {})
+        elif self._master.book.serving_master() == before[0].pid and not self._master.stop.under_way:
+            self._master.stop.begin(f"generation {before[0].generation} serves again")
 
     # -- the promotion ---------------------------------------------------------------------------------------------
     def _promote(self, handover: Handover, reason: str, phases: dict[str, float]) -> None:

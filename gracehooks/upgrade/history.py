@@ -54,6 +54,14 @@ class Book:
         self._complained = False
         self._last: dict[str, Any] | None = None
 
+    def serving_master(self) -> int:
+        """The pid of the master that says in `status.json` that it serves; 0 where none does."""
+        try:
+            status = json.loads((self.directory / "status.json").read_text())
+            return int(status["master_pid"]) if status["state"] == "serving" else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
     def write_status(self, status: Mapping[str, Any]) -> bool:
         """Replace `status.json`, unless `status` is what it says already."""
         if status == self._last:

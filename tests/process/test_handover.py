@@ -318,3 +318,27 @@ def test_every_line_of_ours_is_json_when_asked():
     said = {each.get("event") for each in ours}
     assert {"UpgradeStarted", "UpgradeCompleted", "UpgradeRolledBack", "StopStarted", "Stopped", None} <= said
     assert "gracehooks: " not in "".join(line for line in server.log().splitlines() if '"message"' not in line)
+
+
+def test_one_generation_serves_when_the_middle_one_of_three_is_killed():
+    """The first comes back, since it has not left yet; the third, which is not proven, does not serve beside it."""
+    app = "import os, time\nwhile os.path.exists('gate'): time.sleep(0.02)\n" + apps.WSGI
+    with serve(app, workers=1, config="gracehooks.configure(drain_timeout=20)\n", leftovers=True) as server:
+        first = server.pid
+        slow = threading.Thread(target=server.get, args=("/sleep?s=6",), daemon=True)
+        slow.start()
+        eventually(lambda: server.status()["workers"][0]["requests"], what="the request that holds the first")
+        second = server.upgrade()["successor"]
+        server.wait_for("MasterPromoted", pid=second)
+        (server.dir / "gate").touch()
+        server.signal("USR2", second)
+        third = server.wait_for("UpgradeStarted", pid=second)["successor"]
+        server.signal("KILL", second)
+        server.wait_for("UpgradeResumed", pid=first)
+        (server.dir / "gate").unlink()
+        eventually(lambda: not alive(third), what="the end of the third")
+        eventually(lambda: set(server.processes()) == {first, *server.workers(first)}, what="the first, and no other")
+        assert server.pid == first
+        assert server.get("/fast").status == 200
+        assert not [each for each in server.events() if each["event"] == "MasterPromoted" and each["pid"] == third]
+        slow.join(60)
