@@ -77,8 +77,8 @@ def app(environ, start_response):
         start_response("200 OK", [("Content-Type", "text/plain")])
         return stream(name, seconds)
     elif kind == "job":
-        note("job", name)
         threading.Thread(target=work, args=(name, seconds), name=name).start()
+        note("job", name)
     elif kind == "upload":
         length = int(environ["CONTENT_LENGTH"])
         if len(environ["wsgi.input"].read(length)) != length:
@@ -141,10 +141,10 @@ async def app(scope, receive, send):
             await asyncio.sleep(seconds)
         return await send({"type": "http.response.body", "body": answer(name), "more_body": False})
     elif kind == "job":
-        note("job", name)
         task = asyncio.get_running_loop().create_task(work(name, seconds), name=name)
         TASKS.add(task)
         task.add_done_callback(TASKS.discard)
+        note("job", name)
     elif kind == "upload":
         more = True
         while more:

@@ -618,6 +618,7 @@ class Walk:
                 else:
                     named.setdefault(lost["path"], []).append(f"{each['worker']}: {each['reason']}")
         # A worker whose master was killed has nobody but the log to tell.
+        nameless += re.findall(r"^\? \?, [\d.]+ s", self.server.log(), re.MULTILINE)
         for name in re.findall(r"^(?:GET|POST|WS) (/\w+/\S+), [\d.]+ s", self.server.log(), re.MULTILINE):
             named.setdefault(name, [])
         return named, nameless
@@ -631,5 +632,5 @@ class Walk:
         for name in sorted(started - done):
             if name not in lost and name not in logged:
                 found.problems.append(f"a job that was lost, and nobody said so: {name}")
-        for name in sorted(set(lost) - started):
+        for name in sorted(set(lost) - {name for what, name, _ in book if what == "begun"}):
             found.problems.append(f"a job that was reported as lost and never began: {name}")
