@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 from gracehooks.errors import JobRejected
-from gracehooks.jobs import infrastructure, pools, processes, services, tasks, threads
+from gracehooks.jobs import births, descendants, infrastructure, pools, processes, services, tasks, threads
 from gracehooks.jobs import tracker as _tracker
 from gracehooks.jobs.processes import popen, run
 from gracehooks.jobs.services import service
@@ -181,9 +181,9 @@ def install(
         infrastructure.application.add(application.partition(".")[0])
     if settings.track == "off":
         return found
-    processes.become_subreaper()
-    processes.patch(count=settings.track == "request")
-    found.sweeper = processes.Descendants()
+    descendants.become_subreaper()
+    births.patch(count=settings.track == "request")
+    found.sweeper = descendants.Descendants()
     if settings.track == "request":
         threads.patch(gevent=loop_kind == "gevent")
         tasks.patch()
@@ -199,5 +199,5 @@ def start_services() -> None:
     """Start every registered service, once the worker has booted; in the event loop, for those that are coroutines."""
     found = _tracker.require()
     if found.sweeper is not None:
-        processes.note_boot()
+        descendants.note_boot()
     services.start()

@@ -9,7 +9,7 @@ from typing import Any
 
 from gracehooks import jobs, requests
 from gracehooks.deadline import Deadline
-from gracehooks.jobs import processes, tasks, threads, tracker
+from gracehooks.jobs import births, tasks, threads, tracker
 from gracehooks.scoreboard import Page
 from gracehooks.settings import Settings
 
@@ -30,7 +30,7 @@ def worker(**settings: Any) -> Iterator[tracker.Tracker]:
             found.end(Deadline.after(0), 0)
         threads.unpatch()
         tasks.unpatch()
-        processes.unpatch()
+        births.unpatch()
         tracker.adopt(before)
 
 

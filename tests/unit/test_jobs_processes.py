@@ -16,7 +16,9 @@ import pytest
 
 from gracehooks import jobs
 from gracehooks.errors import JobRejected
-from gracehooks.jobs import processes
+from gracehooks.jobs import children as handles
+from gracehooks.jobs import descendants
+from gracehooks.jobs.children import name_of
 from gracehooks.jobs.tracker import Tracker
 from tests.kit import eventually
 from tests.kit.processes import alive
@@ -36,7 +38,7 @@ def found() -> Iterator[Tracker]:
 @pytest.fixture(params=["pidfd", "no pidfd"])
 def pidfd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "no pidfd":
-        monkeypatch.setattr(processes, "_HAS_PIDFD", False)
+        monkeypatch.setattr(handles, "_HAS_PIDFD", False)
     return str(request.param)
 
 
@@ -247,10 +249,10 @@ def test_an_exit_by_force_counts_everything_and_leaves_no_process(found: Tracker
 
 
 def test_a_child_that_ends_while_we_look_is_no_stray(found: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = processes.scan
+    real = descendants.scan
     child = jobs.popen(["cat"], stdin=subprocess.PIPE)
 
-    def scan() -> dict[int, processes.Seen]:
+    def scan() -> dict[int, descendants.Seen]:
         seen = real()
         if child.stdin is not None and not child.stdin.closed:
             assert seen[child.pid].alive
@@ -258,8 +260,8 @@ def test_a_child_that_ends_while_we_look_is_no_stray(found: Tracker, monkeypatch
             eventually(lambda: len(found) == 0, what="the end of the child, after it was seen alive")
         return seen
 
-    monkeypatch.setattr(processes, "scan", scan)
-    processes.Descendants().adopt(found)
+    monkeypatch.setattr(descendants, "scan", scan)
+    descendants.Descendants().adopt(found)
     assert end(found) == []
     assert balanced(found)["accepted"] == 1
 
@@ -267,9 +269,9 @@ def test_a_child_that_ends_while_we_look_is_no_stray(found: Tracker, monkeypatch
 def test_zombies_that_were_adopted_are_reaped_and_owned_ones_are_not(
     found: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "ADOPTED_AFTER", 0.2)
-    monkeypatch.setattr(processes, "LOOK_AFTER", 0.05)
-    monkeypatch.setattr(processes, "_watcher", None)
+    monkeypatch.setattr(descendants, "ADOPTED_AFTER", 0.2)
+    monkeypatch.setattr(handles, "LOOK_AFTER", 0.05)
+    monkeypatch.setattr(handles, "_watcher", None)
     owned = subprocess.Popen(["true"])
     with request():
         subprocess.Popen(["sh", "-c", f"setsid sh -c 'echo $$ > {tmp_path}/pid' & exit 0"]).wait()
@@ -283,7 +285,7 @@ def test_zombies_that_were_adopted_are_reaped_and_owned_ones_are_not(
 
 
 def test_names_hold_no_secrets() -> None:
-    assert processes.name_of(["/usr/bin/curl", "-u", "user:secret"]) == "curl -u"
-    assert processes.name_of(["env", "TOKEN=secret"]) == "env"
-    assert processes.name_of("convert in.png out.png") == "convert in.png"
-    assert processes.name_of([]) == "process"
+    assert name_of(["/usr/bin/curl", "-u", "user:secret"]) == "curl -u"
+    assert name_of(["env", "TOKEN=secret"]) == "env"
+    assert name_of("convert in.png out.png") == "convert in.png"
+    assert name_of([]) == "process"
