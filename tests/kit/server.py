@@ -176,7 +176,8 @@ class Server:
 
     def start_again(self, answers: str | None = "/") -> None:
         """Start the same command once more, after a stop: what a deploy without upgrades does."""
-        assert self.process.poll() is not None, "it still runs"
+        # The first thread of a process that was killed may be a zombie while another one is still on its way out.
+        eventually(lambda: self.process.poll() is not None, what="the end of the server that ran before")
         self.process = self._spawn()
         if answers is not None:
             self.wait_until_it_answers(answers)
