@@ -27,6 +27,8 @@ __all__ = ["COMMANDS", "EXITS", "main", "parser"]
 POLL = 0.05
 #: Where the old master was killed, its successor takes over once it has loaded its configuration: so long it may take.
 GONE_FOR = 10.0
+#: How often it is looked whether a verdict can be written at all, in seconds.
+ROOM = 2.0
 
 #: command → {exit code: meaning}
 EXITS: dict[str, dict[int, str]] = {
@@ -219,6 +221,9 @@ def ask(instance: Instance, args: argparse.Namespace, kind: str, signal_number: 
             if not alone:
                 reason = "another command waits for a verdict of this instance"
                 return Result(3, f"refused: {reason}", {"kind": kind, "outcome": "refused", "reason": reason})
+            reason = no_room(instance)
+            if reason:
+                return Result(3, f"{kind} refused: {reason}", facts_of(kind, "refused", reason, {}))
             watch = Watch.begin(instance, kind, status)
             failure = send(pid, signal_number)
             if failure:
@@ -236,6 +241,7 @@ def verdict(watch: Watch, args: argparse.Namespace, pid: int, start: int) -> tup
     kind, began = watch.kind, time.monotonic()
     deadline = Deadline.after(args.timeout)
     gone: Deadline | None = None
+    room = Deadline.after(ROOM)
     progress = Progress(args.json)
     facts: dict[str, Any] = {}
     try:
@@ -244,6 +250,11 @@ def verdict(watch: Watch, args: argparse.Namespace, pid: int, start: int) -> tup
             if outcome:
                 break
             progress.show(progress_line(kind, facts, time.monotonic() - began))
+            if room.passed:
+                room = Deadline.after(ROOM)
+                reason = no_room(watch.instance)
+                if reason:
+                    return Result(4, f"{kind}: {reason}", facts_of(kind, "none", reason, facts)), ""
             if watch.somebody_runs(pid, start):
                 gone = None
             elif gone is None:
@@ -266,6 +277,18 @@ def verdict(watch: Watch, args: argparse.Namespace, pid: int, start: int) -> tup
     if outcome == "refused":
         return Result(3, f"{kind} refused: {reason}", found), id
     return Result(1, f"{kind} rolled back, the old generation serves on: {reason}", found), id
+
+
+def no_room(instance: Instance) -> str:
+    """Why no verdict can be told, where the masters cannot write their files; else empty."""
+    try:
+        instance.needs_room()
+    except OSError as error:
+        return (
+            f"{instance.directory} cannot be written ({error.strerror}), so no verdict can be told; the server goes on, "
+            "and its log says what happens. Make room, then try again"
+        )
+    return ""
 
 
 def facts_of(kind: str, outcome: str, reason: str, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ behind, whose pid now belongs to somebody else, is recognised by its age. This m
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -54,6 +55,18 @@ class Instance:
         if not processes.alive(pid, start) or (written and start and _started_at(start) > written + 2.0):
             return None
         return pid, start
+
+    def needs_room(self) -> None:
+        """Raise OSError where the masters cannot write their files: on a disk that is full, or read-only, or broken.
+
+        What this user may not write the masters may.
+        """
+        try:
+            with tempfile.TemporaryFile(dir=self.directory, buffering=0) as file:
+                if file.write(b"\0" * 4096) < 4096:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except PermissionError:
+            pass
 
     def history_size(self) -> int:
         """How long the history is now; what is appended later begins there."""

@@ -29,6 +29,7 @@ class Status:
         self._master = master
         self._arbiter = master.arbiter
         self._written: tuple[Any, Any] | None = None
+        self._failed = False
         self._at = 0.0
 
     def state(self) -> str:
@@ -53,12 +54,14 @@ class Status:
         draining = [(each.generation, each.pid) for each in master.takeover.alive()]
         coarse = (state, [(pid, phase) for pid, phase, _, _ in workers], draining, repr(master.driver.last))
         moment = time.monotonic()
-        changed = self._written is None or coarse != self._written[0]
-        if not now and (self._written == (coarse, workers) or (not changed and moment - self._at < AT_MOST_EVERY)):
+        same = self._written == (coarse, workers) and not self._failed
+        # A disk that is full is asked again, but not at each turn either.
+        patient = self._failed or (self._written is not None and coarse == self._written[0])
+        if not now and (same or (patient and moment - self._at < AT_MOST_EVERY)):
             return
         self._written, self._at = (coarse, workers), moment
         masters = {os.getpid(), *(pid for _, pid in draining)}  # each of them is a child of the one before it
-        master.book.write_status(
+        self._failed = not master.book.write_status(
             {
                 "generation": master.generation,
                 "master_pid": os.getpid(),

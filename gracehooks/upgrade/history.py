@@ -1,14 +1,16 @@
 """The files that outlive a master: `status.json` (replaced whole) and `history.jsonl` (appended to).
 
-Files are 0600 in a directory 0700. A disk that is full or read-only never disturbs the server: it is said once, and the
-server serves on without them. Query strings never get here.
+Files are 0600 in a directory 0700. A disk that is full or read-only never disturbs the server: it is said once, the
+server serves on without them, and what could not be written is written when it can be. Query strings never get here.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,10 @@ def private_dir(path: Path) -> None:
     os.chmod(path, 0o700)
 
 
+#: So many lines of the history are kept for a disk that cannot take them; the oldest go first.
+UNWRITTEN = 1000
+
+
 class Book:
     """Status and history of one instance in `directory`; `complain` is told once of a file that cannot be written."""
 
@@ -53,6 +59,8 @@ class Book:
         self._complain = complain
         self._complained = False
         self._last: dict[str, Any] | None = None
+        self._unwritten: deque[bytes] = deque(maxlen=UNWRITTEN)
+        self._half_a_line = False
 
     def serving_master(self) -> int:
         """The pid of the master that says in `status.json` that it serves; 0 where none does."""
@@ -80,21 +88,27 @@ class Book:
 
         if self._try(write):
             self._last = dict(status)
-            return True
+            return not self._unwritten or self._try(self._append_unwritten)
         return False
 
     def append(self, record: Mapping[str, Any]) -> bool:
-        """Add one line to `history.jsonl`."""
+        """Add one line to `history.jsonl`; one that cannot be written is added with the next."""
+        self._unwritten.append(json.dumps(record).encode() + b"\n")
+        return self._try(self._append_unwritten)
 
-        def write() -> None:
-            private_dir(self.directory)
-            fd = os.open(self.directory / "history.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(fd, json.dumps(record).encode() + b"\n")
-            finally:
-                os.close(fd)
-
-        return self._try(write)
+    def _append_unwritten(self) -> None:
+        private_dir(self.directory)
+        fd = os.open(self.directory / "history.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while self._unwritten:
+                line = b"\n" * self._half_a_line + self._unwritten[0]
+                written = os.write(fd, line)
+                self._half_a_line = 0 < written < len(line)
+                if written < len(line):  # it is read as no record; the whole line comes once more
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._unwritten.popleft()
+        finally:
+            os.close(fd)
 
     def register(self, pid: int) -> None:
         """Let the command line find this instance by its master's pid."""

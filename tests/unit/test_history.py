@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
+from gracehooks.instances import Instance
 from gracehooks.upgrade.history import Book, default_state_dir, index_dir, private_dir, run_dir
 
 
@@ -73,8 +75,7 @@ def test_what_cannot_be_written_is_said_once_and_again_after_it_was_mended(book:
     assert str(book.directory) in complaints[0]
     book.directory.unlink()
     assert book.write_status({"state": "serving"})
-    (book.directory / "status.json").unlink()
-    book.directory.rmdir()
+    shutil.rmtree(book.directory)
     book.directory.write_text("in the way")
     assert not book.append({"id": 2})
     assert len(complaints) == 2
@@ -86,6 +87,27 @@ def test_a_failed_write_is_tried_again(book: Book):
     book.directory.unlink()
     assert book.write_status({"state": "serving"})
     assert (book.directory / "status.json").exists()
+
+
+def test_lines_that_could_not_be_written_come_with_the_next_write_and_in_order(book: Book):
+    book.directory.write_text("in the way")
+    assert not book.append({"id": 1})
+    assert not book.append({"id": 2})
+    book.directory.unlink()
+    assert book.write_status({"state": "serving"})
+    assert book.append({"id": 3})
+    lines = (book.directory / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [1, 2, 3]
+
+
+def test_a_disk_that_takes_half_a_line_spoils_no_other(book: Book, monkeypatch: pytest.MonkeyPatch):
+    assert book.append({"id": 1})
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[: len(data) // 2]))
+    assert not book.append({"id": 2})
+    monkeypatch.undo()
+    assert book.append({"id": 3})
+    assert [record["id"] for record in Instance(book.directory).history()] == [1, 2, 3]
 
 
 def test_the_index_names_the_directory_by_pid(book: Book):
