@@ -100,13 +100,15 @@ class Stopping:
     def hammer(self, reason: str) -> None:
         """Force now, with the report: each worker gets a moment for its hooks, then it is killed."""
         master = self._master
-        stop = self._stop or self._open(reason, HAMMER_WITHIN)
+        stop = self._stop or self._open(reason, HAMMER_WITHIN, MARGIN)
         if not stop.draining:
             self._end_accepting(stop)
         stop.forced, stop.draining, stop.lame_duck = True, True, None
-        stop.deadline = stop.deadline.earlier(Deadline.after(HAMMER_WITHIN))
+        within = HAMMER_WITHIN
         if master.successor is not None and master.driver.under_way:  # one that was committed serves, and stays
-            master.successor.roll_back(True)
+            master.successor.hammer()
+            within += MARGIN  # its workers may hold requests too: it forces them, and says what they lost
+        stop.deadline = stop.deadline.earlier(Deadline.after(within))
         if stop.final:
             for each in master.takeover.alive():
                 processes.signal_process(each.pid, signal.SIGINT)
@@ -212,6 +214,8 @@ class Stopping:
                 lost=ended.lost,
             )
         )
+        if master.is_successor:
+            master.takeover.tell(say="lost", lost=ended.lost, jobs=ended.jobs, answered=ended.answered)
         if stop.final:
             master.record(
                 {

@@ -20,6 +20,7 @@ from gunicorn.config import Chdir
 
 from gracehooks import processes
 from gracehooks.errors import PreflightError
+from gracehooks.gunicorn.losses import Losses
 from gracehooks.systemd.driver import Speaker
 from gracehooks.upgrade.channel import Channel
 from gracehooks.upgrade.machine import Fact, Happened
@@ -242,6 +243,9 @@ class ReexecHost:
             elif said == "failed":
                 self._failure = message["reason"]
                 yield Fact(Happened.FAILED, self._failure)
+            elif said == "lost":  # it served in the probation, and goes with us
+                told = Losses(message["lost"], message["jobs"], message["answered"])
+                self._arbiter.grace.pool.ended.add(told)
             elif said == "committed":
                 self._when = "while it served"
                 yield Fact(Happened.COMMITTED)
@@ -309,6 +313,11 @@ class ReexecHost:
             if processes.alive(pid) and (pid in tree or self._is_orphan_of_ours(pid)):
                 processes.kill_group(pid)
                 processes.signal_process(pid, signal.SIGKILL)
+
+    def hammer(self) -> None:
+        """INT to the successor: it forces its workers, and says what they lost; a forced rollback follows if it does not."""
+        processes.signal_process(self.pid, signal.SIGINT)
+        processes.signal_process(self.pid, signal.SIGCONT)
 
     def clear_away(self) -> None:
         """The successor is gone, killed perhaps: its workers that serve finish what they have, the others are killed."""

@@ -125,6 +125,27 @@ def test_int_is_the_hammer_at_any_moment():
             assert not server.pidfile.exists()
 
 
+def test_the_hammer_in_the_probation_tells_what_both_generations_lost():
+    paths = [f"/sleep?s={60 + number}" for number in range(4)]
+    config = "gracehooks.configure(probation=60, drain_timeout=30)\n"
+    # A worker of this class has one request at a time: with two of each generation, four requests are on all of them.
+    with serve(app=APP, config=config, worker="gracehooks.SyncWorker") as server:
+        server.signal("USR2")
+        server.wait_for("ProbationStarted")
+        with asking(server, *paths) as answers:
+            master = server.pid
+            with within(1.5 + 0.5):
+                server.signal("INT", master)
+                server.wait_gone(master)
+            server.clean = True
+        assert 200 not in answers.values(), answers  # gunicorn's sync worker answers 500 where it still can
+        record = last_stop(server)
+        assert [each["path"] for each in record["lost"]["requests"]] == ["/sleep"] * 4, record
+        ended = {each["worker"]: each["generation"] for each in server.events() if each["event"] == "WorkerEnded"}
+        assert {ended[each["worker"]] for each in record["lost"]["requests"]} == {1, 2}
+        assert not server.processes()
+
+
 def test_lame_duck_serves_on_and_then_stops():
     app = """
         import gracehooks
