@@ -264,8 +264,12 @@ def test_several_old_generations_may_drain_up_to_the_limit():
         assert answers == [200, 200]
         eventually(lambda: not server.status()["draining"])
         good_upgrade(server)
-        lost = [each["lost"] for each in server.history() if each["outcome"] == "completed"]
-        assert lost == [{"requests": [], "jobs": []}] * 3
+
+        def lost() -> list[dict]:
+            return [each["lost"] for each in server.history() if each["outcome"] == "completed"]
+
+        eventually(lambda: len(lost()) == 3, what="the record of the last one, once the generation before it has left")
+        assert lost() == [{"requests": [], "jobs": []}] * 3
 
 
 def test_the_users_hooks_still_run():
