@@ -428,6 +428,9 @@ class Walk:
         """A final stop; the walk starts the server again when it settles."""
         began = time.monotonic()
         pid = self.server.pid
+        if not alive(pid):  # it was killed just before; whoever comes after it has not taken the pidfile yet
+            self.tell("  nobody was there to stop")
+            return
         self.violence.append(Violence(f"SIG{name} to the master", 0, began, down=True, gentle=name == "TERM"))
         self.send(name, pid)
         eventually(lambda: not alive(pid), what=f"the end after SIG{name}")
