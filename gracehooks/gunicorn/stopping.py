@@ -100,14 +100,16 @@ class Stopping:
     def hammer(self, reason: str) -> None:
         """Force now, with the report: each worker gets a moment for its hooks, then it is killed."""
         master = self._master
-        stop = self._stop or self._open(reason, HAMMER_WITHIN, MARGIN)
+        # The successor of an upgrade that is not committed goes with us (one that was committed serves, and stays): its
+        # workers may hold requests too, so it gets a moment more to force them, and to say what they lost.
+        successor = master.successor if master.driver.under_way else None
+        within = HAMMER_WITHIN if successor is None else HAMMER_WITHIN + MARGIN
+        stop = self._stop or self._open(reason, within)
         if not stop.draining:
             self._end_accepting(stop)
         stop.forced, stop.draining, stop.lame_duck = True, True, None
-        within = HAMMER_WITHIN
-        if master.successor is not None and master.driver.under_way:  # one that was committed serves, and stays
-            master.successor.hammer()
-            within += MARGIN  # its workers may hold requests too: it forces them, and says what they lost
+        if successor is not None:
+            successor.hammer()
         stop.deadline = stop.deadline.earlier(Deadline.after(within))
         if stop.final:
             for each in master.takeover.alive():

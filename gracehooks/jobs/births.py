@@ -10,7 +10,8 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from gracehooks import requests
@@ -20,7 +21,7 @@ from gracehooks.jobs.descendants import a_start, not_jobs, note_children, note_i
 from gracehooks.jobs.imports import when_imported
 from gracehooks.jobs.infrastructure import is_infrastructure
 from gracehooks.jobs.processes import starting
-from gracehooks.jobs.tracker import Tracker
+from gracehooks.jobs.tracker import Tracker, Work
 from gracehooks.scoreboard import Outcome
 
 __all__ = ["patch", "unpatch"]
@@ -39,6 +40,37 @@ def _born(count: bool) -> Tracker | None:
     return tracker.current()
 
 
+@contextmanager
+def _birth(count: bool, name: Callable[[], str]) -> Iterator[Birth]:
+    """One start of a child, as a job where it is born in a request; what it calls to start it is not counted again."""
+    found = _born(count)
+    birth = Birth(found.begin(PROCESS, name()) if found is not None else None)
+    with a_start():
+        token = starting.set(birth.work or _UNCOUNTED)
+        try:
+            yield birth
+        except BaseException:
+            if birth.work is not None:
+                birth.work.tracker.finish(birth.work, Outcome.FAILED)
+            raise
+        finally:
+            starting.reset(token)
+
+
+class Birth:
+    """A child that is being started: `work` is its job, None where it is none."""
+
+    def __init__(self, work: Work | None) -> None:
+        self.work = work
+
+    def of(self, pid: int, owner: Any, *, leads_group: bool = False) -> None:
+        """It has this pid now, and its exit code belongs to `owner`."""
+        if self.work is None:
+            note_infrastructure(pid)
+        else:
+            attach(self.work, pid, owner, leads_group=leads_group)
+
+
 def _patch_popen(count: bool) -> None:
     kind = subprocess.Popen  # gevent's, where it is patched in
     original = kind.__init__
@@ -47,27 +79,13 @@ def _patch_popen(count: bool) -> None:
         if starting.get() is not None:
             original(self, *args, **keywords)
             return
-        found = _born(count)
-        work = None
-        if found is not None:
-            work = found.begin(PROCESS, name_of(args[0] if args else keywords.get("args", "process")))
-        with a_start():
-            token = starting.set(work or _UNCOUNTED)
-            try:
-                original(self, *args, **keywords)
-            except BaseException:
-                if work is not None:
-                    work.tracker.finish(work, Outcome.FAILED)
-                raise
-            finally:
-                starting.reset(token)
-            if work is None:
-                note_infrastructure(self.pid)
-                return
+        with _birth(count, lambda: name_of(args[0] if args else keywords.get("args", "process"))) as birth:
+            original(self, *args, **keywords)
             leads = bool(keywords.get("start_new_session")) or keywords.get("process_group") == 0
-            attach(work, self.pid, self, leads_group=leads)
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            work.handle.asyncio = caller.startswith("asyncio")
+            birth.of(self.pid, self, leads_group=leads)
+            if birth.work is not None:
+                caller = sys._getframe(1).f_globals.get("__name__", "")
+                birth.work.handle.asyncio = caller.startswith("asyncio")
 
     kind.__init__ = __init__  # type: ignore[method-assign]
     _undo.append(lambda: setattr(kind, "__init__", original))
@@ -88,23 +106,11 @@ def _counted(original: Any, name: str, count: bool) -> Any:
     def start(*args: Any, **keywords: Any) -> Any:
         if starting.get() is not None:  # a Popen's, or multiprocessing's
             return original(*args, **keywords)
-        found = _born(count)
-        work = None
-        if found is not None:
-            work = found.begin(PROCESS, name_of(args[:1]) if args else name)
-        with a_start():
-            try:
-                result = original(*args, **keywords)
-            except BaseException:
-                if work is not None:
-                    work.tracker.finish(work, Outcome.FAILED)
-                raise
+        with _birth(count, lambda: name_of(args[:1]) if args else name) as birth:
+            result = original(*args, **keywords)
             pid = result[0] if isinstance(result, tuple) else result
             if pid:  # in the parent
-                if work is None:
-                    note_infrastructure(pid)
-                else:
-                    attach(work, pid, None)
+                birth.of(pid, None)
         return result
 
     return start
@@ -135,24 +141,9 @@ def _patch_multiprocessing(module: Any, count: bool) -> None:
         return
 
     def start(self: Any) -> None:
-        found = _born(count)
-        work = None
-        if found is not None and not is_infrastructure(self._target):
-            work = found.begin(PROCESS, self.name)
-        with a_start():
-            token = starting.set(work or _UNCOUNTED)
-            try:
-                original(self)
-            except BaseException:
-                if work is not None:
-                    work.tracker.finish(work, Outcome.FAILED)
-                raise
-            finally:
-                starting.reset(token)
-            if work is None:
-                note_infrastructure(self.pid)
-            else:
-                attach(work, self.pid, _Exit(self))
+        with _birth(count and not is_infrastructure(self._target), lambda: self.name) as birth:
+            original(self)
+            birth.of(self.pid, _Exit(self))
 
     start.__gracehooks__ = True  # type: ignore[attr-defined]
     kind.start = start
@@ -180,21 +171,9 @@ def _patch_uvloop(module: Any, count: bool) -> None:
 
         def patched(original: Any) -> Any:
             async def start(self: Any, protocol_factory: Any, *args: Any, **keywords: Any) -> Any:
-                found = _born(count)
-                work = None
-                if found is not None:
-                    work = found.begin(PROCESS, name_of(args[0] if len(args) == 1 else args))
-                with a_start():
-                    try:
-                        transport, protocol = await original(self, protocol_factory, *args, **keywords)
-                    except BaseException:
-                        if work is not None:
-                            work.tracker.finish(work, Outcome.FAILED)
-                        raise
-                    if work is None:
-                        note_infrastructure(transport.get_pid())
-                    else:
-                        attach(work, transport.get_pid(), _Transport(transport))
+                with _birth(count, lambda: name_of(args[0] if len(args) == 1 else args)) as birth:
+                    transport, protocol = await original(self, protocol_factory, *args, **keywords)
+                    birth.of(transport.get_pid(), _Transport(transport))
                 return transport, protocol
 
             start.__gracehooks__ = True  # type: ignore[attr-defined]
