@@ -318,7 +318,13 @@ class Pool:
         if departure is None:
             self._master.worker_lost(pid, worker, reason if ready else failure, ready, status)
 
-    def _record_by_itself(self, pid: int, reason: str, found: Losses) -> None:
+    def lost_elsewhere(self, pid: int, found: Losses) -> None:
+        """The master `pid`, a successor that goes again, has lost this in its probation."""
+        self.ended.add(found)
+        if not self._master.stop.recorded:
+            self._record_by_itself(pid, "its upgrade was rolled back", found, "successor")
+
+    def _record_by_itself(self, pid: int, reason: str, found: Losses, what: str = "worker") -> None:
         """What a worker lost outside of a replacement or a stop goes to the history at once: the next record may be far.
 
         That of a stop says it once more, with all that this master has lost since it serves.
@@ -328,7 +334,7 @@ class Pool:
                 "id": uuid.uuid4().hex[:12],
                 "kind": "worker",
                 "outcome": "forced",
-                "reason": f"worker {pid}: {reason}",
+                "reason": f"{what} {pid}: {reason}",
                 "phases": {},
                 "lost": found.lost,
                 "jobs": found.jobs,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gracehooks import events, processes
+from gracehooks.anchor import mooring
 from gracehooks.deadline import Deadline
 from gracehooks.gunicorn import listeners
 from gracehooks.gunicorn.losses import never_accepted
@@ -250,14 +251,24 @@ class Stopping:
             master.pool.kill("the master ends")
             self._reap_for(1.0)
         self._end_dirty_arbiter()
-        if final and not master.finished:
-            listeners.unlink_paths(each for each in arbiter.LISTENERS if self._is_ours(each))
+        if final and not master.finished and not mooring.anchored():  # an anchor starts the next master with them
+            self._turn_away_at_a_halt()
         for each in arbiter.LISTENERS:
             each.close()
         arbiter.LISTENERS = []
         if final:
             master.status.write(now=True, state="stopped")
             master.book.unregister(os.getpid())
+
+    def _turn_away_at_a_halt(self) -> None:
+        """Nobody has served for a while, and nobody will: what waits meanwhile is lost, and not in silence."""
+        ours = [each for each in self._arbiter.LISTENERS if self._is_ours(each)]
+        listeners.end_accepting(ours, unlink=not self._arbiter.cfg.reuse_port)
+        waited = listeners.turn_away(ours)
+        if waited:
+            self._master.pool.ended.add(never_accepted(waited))
+            now = Deadline.after(0.0)
+            self._tell(self._stop or _Stop("an error ended the master", True, uuid.uuid4().hex[:12], now.at, now))
 
     def _reap_for(self, seconds: float) -> None:
         until = Deadline.after(seconds)

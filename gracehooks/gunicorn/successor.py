@@ -245,7 +245,7 @@ class ReexecHost:
                 yield Fact(Happened.FAILED, self._failure)
             elif said == "lost":  # it served in the probation, and goes with us
                 told = Losses(message["lost"], message["jobs"], message["answered"])
-                self._arbiter.grace.pool.ended.add(told)
+                self._arbiter.grace.pool.lost_elsewhere(self.pid, told)
             elif said == "committed":
                 self._when = "while it served"
                 yield Fact(Happened.COMMITTED)

@@ -506,6 +506,27 @@ def test_a_stuck_request_is_reported_and_the_worker_is_gone_in_time(worker, path
 
 
 @pytest.mark.parametrize("worker", ONE_EACH)
+def test_what_came_to_a_loop_that_is_blocked_is_counted(worker):
+    config = "timeout = 300\nkeepalive = 60\ngracehooks.configure(drain_timeout=1, job_timeout=1)"
+    with serving(worker, config) as server:
+        used, new, half = ask(server, "/"), server.address.connect(), server.address.connect()
+        assert read_answer(used).read()
+        half.sendall(b"GET /half HTTP/1.1\r\nHost:")
+        # Served by the one loop after those before it were accepted.
+        assert read_answer(ask(server, "/")).status == 200
+        blocking = ask(server, "/stuck")
+        eventually(lambda: noted(server, "stuck begins"))
+        for connection in (used, new):
+            connection.sendall(b"GET /waits HTTP/1.1\r\nHost: test\r\n\r\n")
+        server.signal("TERM")
+        server.wait_gone(server.process.pid)
+        lost = sorted((each["method"], each["path"]) for each in outcome(server)["lost"]["requests"])
+        assert lost == [*[("?", "?")] * 3, ("GET", "/stuck")], lost
+        for connection in (used, new, half, blocking):
+            connection.close()
+
+
+@pytest.mark.parametrize("worker", ONE_EACH)
 def test_a_lifespan_shutdown_that_hangs_is_left_in_time(worker):
     with serving(worker, "gracehooks.configure(cleanup_timeout=1)", HANG_IN_LIFESPAN="1") as server:
         with within(1, slack=3):

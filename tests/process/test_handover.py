@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.kit import Server, apps, eventually, load, serve
-from tests.kit.processes import alive
+from tests.kit.processes import alive, children
 
 
 def good_upgrade(server: Server) -> int:
@@ -270,6 +270,31 @@ def test_several_old_generations_may_drain_up_to_the_limit():
 
         eventually(lambda: len(lost()) == 3, what="the record of the last one, once the generation before it has left")
         assert lost() == [{"requests": [], "jobs": []}] * 3
+
+
+def test_what_waits_for_a_generation_that_cannot_serve_is_counted():
+    """The old master is killed while a broken release boots: nobody serves, and the new one ends by its error."""
+    broken = "import time\nwhile not (HERE / 'go').exists(): time.sleep(0.02)\nraise RuntimeError('broken')\n"
+    with serve(config="gracehooks.configure(ready_timeout=60)\n") as server:
+        app = (server.dir / "app.py").read_text()
+        server.write("app.py", app + broken)
+        server.signal("USR2")
+        successor = server.wait_for("UpgradeStarted")["successor"]
+        eventually(lambda: len(children(successor)) >= 2, what="the successor's workers")
+        old = server.workers()
+        server.signal("KILL")
+        assert server.wait_for("MasterPromoted")["pid"] == successor
+        eventually(lambda: not any(alive(pid) for pid in old), what="the end of the old workers")
+        waiting = [server.address.connect() for _ in range(3)]
+        for each in waiting[:2]:
+            each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        (server.dir / "go").touch()
+        server.wait_gone(successor)
+        record = server.history()[-1]
+        assert (record["kind"], record["outcome"], record["reason"]) == ("stop", "forced", "an error ended the master")
+        assert [each["path"] for each in record["lost"]["requests"]] == ["?", "?"], record
+        for each in waiting:
+            each.close()
 
 
 def test_the_users_hooks_still_run():

@@ -31,7 +31,7 @@ from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.workers.calls import WEBSOCKET, Application, Call
 from gracehooks.gunicorn.workers.departure import State
 from gracehooks.gunicorn.workers.farewell import CLOSING, unread, unsent
-from gracehooks.gunicorn.workers.loop import LoopWorker, PlainSignals, ServerLoop, final_line, overhear
+from gracehooks.gunicorn.workers.loop import Connections, LoopWorker, PlainSignals, ServerLoop, final_line, overhear
 from gracehooks.scoreboard import Page
 
 
@@ -84,6 +84,12 @@ class Protocol(ASGIProtocol):
     answering = False
     #: How many requests are being answered over HTTP/2.
     streams = 0
+    #: Whether the last answer said that the connection would be closed.
+    announced = False
+    #: Whether its last answer was sent and the rest of the call is a job now.
+    handed_over = False
+    #: The answer that its application was told to end.
+    told: _Answer | None = None
     _closed: bool
     _response_buffer: bytes | None
 
@@ -158,7 +164,7 @@ class CountingRoundTheCall(Protocol):
         try:
             keep = await super()._handle_http_request(request, *args, **kwargs)
             # An answer that ended because its application was told to is the last one; gunicorn would wait for more.
-            return keep and getattr(self, "told", None) is None
+            return keep and self.told is None
         finally:
             self.answering = False
             self.end()
@@ -299,14 +305,8 @@ class Leaving(Protocol):
 
     #: The request that was in flight at that moment: its answer may have begun, without a word of the close.
     straddling: Any = None
-    #: Whether the last answer said that the connection would be closed.
-    announced = False
-    #: Whether its last answer was sent and the rest of the call is a job now.
-    handed_over = False
     #: Whether its WebSocket is being closed.
     restarting = False
-    #: The answer that its application was told to end.
-    told: _Answer | None = None
 
     def _send_response_start(self, status: Any, headers: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         self.announced = True
@@ -412,8 +412,6 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         super().__init__(*args, **kwargs)
         self.connections: set[Any] = set()
         self.protocol_class: type[Protocol] = Protocol
-        #: Protocols made for connections that were accepted, until somebody has let go of them.
-        self.born: weakref.WeakSet[Any] = weakref.WeakSet()
         #: The tasks of calls that are jobs now.
         self._handed_over: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -474,6 +472,33 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         """gunicorn's own count."""
         return int(self.nr)
 
+    def connections_made(self) -> list[Any]:
+        """gunicorn keeps no list of them."""
+        return list(self.connections)
+
+    def state_of(self, connection: Any) -> State:
+        """By what the protocol keeps of it."""
+        if connection._closed:
+            return State.DONE
+        websocket = connection._websocket if hasattr(connection, "_websocket") else None
+        if websocket is not None:
+            return State.WEBSOCKET if websocket.accepted else State.OPENING
+        if getattr(connection, "_h2_conn", None) is not None:
+            return State.BUSY  # it ends by itself, after its GOAWAY
+        if unsent(connection.transport):
+            return State.BUSY
+        if getattr(connection, "_h2c_buffer", None) is not None:
+            return State.READING if connection._h2c_buffer else State.NEW
+        if connection.handed_over:
+            return State.DONE
+        if _is_answering(connection):
+            return State.BUSY
+        if _is_reading(connection):
+            return State.READING
+        if connection.req_count <= 1:
+            return State.NEW
+        return State.DONE if connection.announced else State.IDLE
+
     def hand_over_answered(self, only: Any = None) -> None:
         """The calls whose answers are complete, of one connection or of all, are jobs from now on; their client may go."""
         for call in list(self.calls.running(self.event_loop)):
@@ -497,10 +522,10 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
             self.hand_over(call)
 
     # -- leaving -------------------------------------------------------------------------------------------------------
-    def begin_leaving(self) -> Connections:
+    def begin_leaving(self) -> OpenConnections:
         """Change the open connections, and those that come."""
         self.protocol_class = type("Leaving", (Leaving, self.protocol_class), {})
-        return Connections(self)
+        return OpenConnections(self)
 
     def stop_listening(self) -> None:
         """Close the listeners."""
@@ -509,79 +534,23 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
 
 
 # -- the connections of a worker that leaves ---------------------------------------------------------------------------
-class Connections:
+class OpenConnections(Connections):
     """The open connections, and those that still come; see `departure.Side`."""
 
     def __init__(self, worker: ASGIWorker) -> None:
-        self._worker = worker
-        self._tasks: set[Any] = set()
+        super().__init__(worker)
         for each in {*worker.connections, *worker.born}:  # also those whose TLS handshake is under way
-            straddling = each._current_request if each.transport is not None and self._is_answering(each) else None
+            straddling = each._current_request if each.transport is not None and _is_answering(each) else None
             each.__class__ = worker.protocol_class
             each.straddling = straddling
         for each in list(worker.connections):
             if getattr(each, "_h2_conn", None) is not None:
-                self._later(_go_away(each))
-
-    def _later(self, coroutine: Any) -> None:
-        task = self._worker.loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+                self.later(_go_away(each))
 
     # -- departure.Side ------------------------------------------------------------------------------------------------
     def connections(self) -> Iterable[Any]:
         """Those that we have not closed."""
         return [each for each in self._worker.connections if not each._closed]
-
-    def beginning(self) -> int:
-        """Those whose TLS handshake is under way."""
-        return sum(1 for each in list(self._worker.born) if each.transport is None)
-
-    def ending(self) -> int:
-        """Those whose client has not closed yet, and those that send."""
-        return (
-            len(self._worker.farewells)
-            + len(self._tasks)
-            + sum(1 for each in self._worker.connections if unsent(each.transport))
-        )
-
-    def calls_in_flight(self) -> int:
-        """As the page counts them."""
-        return self._worker.page.in_flight
-
-    def _is_answering(self, protocol: Any) -> bool:
-        waiting = getattr(protocol, "_awaiting_request", None)
-        ready = getattr(protocol, "_request_ready", None)
-        if ready is None:
-            return bool(protocol.answering)
-        if waiting is None:
-            return bool(protocol.answering or ready.is_set())
-        return not waiting or ready.is_set()
-
-    def state(self, connection: Any) -> State:
-        """By what the protocol keeps of it."""
-        websocket = connection._websocket if hasattr(connection, "_websocket") else None
-        if websocket is not None:
-            return State.WEBSOCKET if websocket.accepted else State.OPENING
-        if getattr(connection, "_h2_conn", None) is not None:
-            return State.BUSY  # it ends by itself, after its GOAWAY
-        if unsent(connection.transport):
-            return State.BUSY
-        if getattr(connection, "_h2c_buffer", None) is not None:
-            return State.READING if connection._h2c_buffer else State.NEW
-        if connection.handed_over:
-            return State.DONE
-        if self._is_answering(connection):
-            return State.BUSY
-        if _is_reading(connection):
-            return State.READING
-        if connection.req_count <= 1:
-            return State.NEW
-        return State.DONE if connection.announced else State.IDLE
-
-    def transport(self, connection: Any) -> Any:
-        """gunicorn keeps it under that name."""
-        return connection.transport
 
     def close(self, connection: Any, patience: float) -> None:
         """Politely; the loop of the connection learns that it is closed."""
@@ -594,7 +563,7 @@ class Connections:
         """A close frame with 1012, and the word to the application; then the connection's own end."""
         if not connection.restarting:
             connection.restarting = True
-            self._later(self._restart(connection))
+            self.later(self._restart(connection))
 
     async def _restart(self, connection: Any) -> None:
         websocket = connection._websocket
@@ -634,9 +603,20 @@ class Connections:
         found = []
         for each in (*self._worker.connections, *(each.former for each in self._worker.farewells)):
             request = each._current_request
-            if request is not None and unsent(each.transport) and not (self._is_answering(each) and not each._closed):
+            if request is not None and unsent(each.transport) and not (_is_answering(each) and not each._closed):
                 found.append((request.method, request.path))
         return found
+
+
+def _is_answering(protocol: Any) -> bool:
+    """Whether a request is being answered."""
+    waiting = getattr(protocol, "_awaiting_request", None)
+    ready = getattr(protocol, "_request_ready", None)
+    if ready is None:
+        return bool(protocol.answering)
+    if waiting is None:
+        return bool(protocol.answering or ready.is_set())
+    return not waiting or ready.is_set()
 
 
 def _is_reading(protocol: Any) -> bool:

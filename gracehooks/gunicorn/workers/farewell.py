@@ -13,11 +13,10 @@ It relies on asyncio's transports only; uvloop's and those of TLS are used in th
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import struct
-import termios
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from gracehooks.gunicorn.workers import sockets
 
 __all__ = ["Farewell", "PoliteTransport", "unread", "unsent"]
 
@@ -26,16 +25,11 @@ CLOSING = 2.0
 #: The same for one that was idle: nothing that was sent can be taken back any more.
 CLOSING_IDLE = 0.2
 
-_NONE = struct.pack("i", 0)
-
 
 def unread(transport: Any) -> int:
     """How many bytes the kernel holds for us and nobody has read."""
     sock = transport.get_extra_info("socket")
-    try:
-        return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NONE))[0])
-    except (AttributeError, OSError, ValueError, TypeError):
-        return 0  # it is closed, or no socket
+    return sockets.unread(sock) if sock is not None else 0
 
 
 def unsent(transport: Any) -> int:

@@ -108,7 +108,7 @@ class Connection:
 
     def has_begun(self) -> bool:
         """Whether a byte of the next request is here."""
-        return getattr(self.sock, "fed", False) or unread(self.sock)
+        return bool(getattr(self.sock, "fed", False) or unread(self.sock))
 
 
 class Reading:

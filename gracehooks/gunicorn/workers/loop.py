@@ -18,7 +18,8 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from gracehooks import jobs, requests
@@ -27,11 +28,11 @@ from gracehooks.gunicorn.workers import ready
 from gracehooks.gunicorn.workers.calls import Application, Call, Calls
 from gracehooks.gunicorn.workers.departure import Side, State, depart
 from gracehooks.gunicorn.workers.drained import Drained
-from gracehooks.gunicorn.workers.farewell import CLOSING, Farewell
+from gracehooks.gunicorn.workers.farewell import CLOSING, Farewell, unread, unsent
 from gracehooks.jobs import tasks
 from gracehooks.scoreboard import RequestInFlight
 
-__all__ = ["LoopWorker", "PlainSignals", "ServerLoop", "final_line", "overhear"]
+__all__ = ["Connections", "LoopWorker", "PlainSignals", "ServerLoop", "final_line", "overhear"]
 
 #: The heartbeat while the worker serves, in seconds.
 PACE = 1.0
@@ -95,6 +96,8 @@ class LoopWorker(Drained):
         self.cut: list[tuple[str, str]] = []
         #: Connections that we have closed and the client has not.
         self.farewells: set[Farewell] = set()
+        #: Protocols made for connections that were accepted, until somebody has let go of them.
+        self.born: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # -- what a class says of itself ---------------------------------------------------------------------------------
     def make_loop(self) -> asyncio.AbstractEventLoop:
@@ -122,6 +125,14 @@ class LoopWorker(Drained):
     def keepalive(self) -> float:
         """How long an idle connection is kept while the worker serves, in seconds."""
         return float(self.cfg.keepalive)
+
+    def connections_made(self) -> list[Any]:
+        """The protocols of the connections that were made and are not lost; from any thread."""
+        raise NotImplementedError
+
+    def state_of(self, connection: Any) -> State:
+        """What a connection does; from any thread."""
+        raise NotImplementedError
 
     def begin_leaving(self) -> Side:
         """From now on answers say `Connection: close`; gives the connections' side."""
@@ -240,11 +251,17 @@ class LoopWorker(Drained):
                 pass  # it is closed: nobody waits any more
 
     def unread(self) -> int:
-        """How many connections have begun to send a request that was not read to its end."""
-        side = self._side
-        if side is None:
-            return 0
-        return sum(1 for each in list(side.connections()) if side.state(each) is State.READING)
+        """How many connections have begun to send a request that was not read to its end.
+
+        Where the loop is blocked, what has arrived since is in the sockets.
+        """
+        return sum(1 for each in self.connections_made() if self._sends(each))
+
+    def _sends(self, connection: Any) -> bool:
+        if connection.transport is None or connection.transport.is_closing():
+            return False
+        state = self.state_of(connection)
+        return state is State.READING or (state in (State.NEW, State.IDLE) and unread(connection.transport) > 0)
 
     def _account(self) -> dict[int, tuple[RequestInFlight, object]]:
         """The requests in flight and the answers that were cut; looked up when a report asks, not kept on the way."""
@@ -314,6 +331,42 @@ class LoopWorker(Drained):
     def hand_over(self, call: Call) -> None:
         """A call goes on after its answer was sent: from now on it is a job."""
         tasks.track_task(call.handle, f"{call.method} {call.path}, after its answer")
+
+
+class Connections:
+    """What the two classes' `departure.Side` have in common."""
+
+    def __init__(self, worker: LoopWorker) -> None:
+        self._worker: Any = worker
+        self._tasks: set[Any] = set()
+
+    def later(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Let it run; the worker does not leave before its end."""
+        task = self._worker.event_loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def beginning(self) -> int:
+        """Those whose TLS handshake is under way."""
+        return sum(1 for each in list(self._worker.born) if each.transport is None)
+
+    def ending(self) -> int:
+        """Those whose client has not closed yet, and those that send."""
+        sending = sum(1 for each in self._worker.connections_made() if unsent(each.transport))
+        return len(self._worker.farewells) + len(self._tasks) + sending
+
+    def calls_in_flight(self) -> int:
+        """As the page counts them."""
+        return int(self._worker.page.in_flight)
+
+    def state(self, connection: Any) -> State:
+        """The worker knows."""
+        state: State = self._worker.state_of(connection)
+        return state
+
+    def transport(self, connection: Any) -> Any:
+        """gunicorn and uvicorn keep it under that name."""
+        return connection.transport
 
 
 async def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import socket
 import ssl
+import sys
 import termios
 import time
 from typing import Any
@@ -66,12 +67,12 @@ def readable(sock: Any) -> bool:
         return False
 
 
-def unread(sock: Any) -> bool:
-    """Whether bytes are here that nobody has read."""
+def unread(sock: Any) -> int:
+    """How many bytes are here that nobody has read."""
     try:
-        return fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NONE) != _NONE
+        return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NONE), sys.byteorder)
     except (OSError, ValueError):
-        return False
+        return 0
 
 
 def wrap_once() -> None:

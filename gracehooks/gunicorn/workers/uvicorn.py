@@ -25,7 +25,7 @@ from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.workers.calls import Application
 from gracehooks.gunicorn.workers.departure import State
 from gracehooks.gunicorn.workers.farewell import CLOSING, PoliteTransport, unsent
-from gracehooks.gunicorn.workers.loop import LoopWorker, PlainSignals, ServerLoop, overhear
+from gracehooks.gunicorn.workers.loop import Connections, LoopWorker, PlainSignals, ServerLoop, overhear
 
 try:
     import uvicorn_worker
@@ -58,8 +58,6 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
         self.config.callback_notify = None
         self.config.limit_max_requests = None
         self.server: Any = None
-        #: Protocols made for connections that were accepted, until somebody has let go of them.
-        self.born: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # -- starting ----------------------------------------------------------------------------------------------------
     def make_loop(self) -> asyncio.AbstractEventLoop:
@@ -112,12 +110,29 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
         """A subclass may have chosen its own."""
         return float(self.config.timeout_keep_alive)
 
+    def connections_made(self) -> list[Any]:
+        """uvicorn's own list."""
+        return list(self.server.server_state.connections) if self.server is not None else []
+
+    def state_of(self, connection: Any) -> State:
+        """By what the protocol keeps of it."""
+        if not hasattr(connection, "cycle"):
+            return State.WEBSOCKET if _is_open(connection) else State.OPENING
+        cycle = connection.cycle
+        if cycle is not None and not cycle.response_complete:
+            return State.BUSY
+        if unsent(connection.transport) or getattr(connection, "pipeline", None):
+            return State.BUSY
+        if _is_reading(connection):
+            return State.READING
+        return State.NEW if cycle is None else State.IDLE
+
     # -- leaving -------------------------------------------------------------------------------------------------------
-    def begin_leaving(self) -> Connections:
+    def begin_leaving(self) -> OpenConnections:
         """Change the open connections, and those that come."""
         # What other libraries have put in the place of this method (sse-starlette does) must learn of the end.
         self.server.handle_exit(signal.SIGTERM, None)
-        return Connections(self)
+        return OpenConnections(self)
 
     def stop_listening(self) -> None:
         """Close the listeners."""
@@ -305,14 +320,13 @@ class _Started:
 
 
 # -- the connections of a worker that leaves ---------------------------------------------------------------------------
-class Connections:
+class OpenConnections(Connections):
     """The open connections, and those that still come; see `departure.Side`."""
 
     def __init__(self, worker: UvicornWorker) -> None:
-        self._worker = worker
+        super().__init__(worker)
         self._server_state = server_state = worker.server.server_state
         self._restarted: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._tasks: set[Any] = set()
         config = worker.config
         # WebSockets must not say `Connection: close` in their handshake.
         self._plain_state = copy.copy(server_state)
@@ -376,39 +390,6 @@ class Connections:
             if isinstance(transport, PoliteTransport) and not transport.is_closing():
                 yield each
 
-    def beginning(self) -> int:
-        """Those whose TLS handshake is under way."""
-        return sum(1 for each in list(self._worker.born) if each.transport is None)
-
-    def ending(self) -> int:
-        """Those whose client has not closed yet, and those that send."""
-        return (
-            len(self._worker.farewells)
-            + len(self._tasks)
-            + sum(1 for each in self._server_state.connections if unsent(each.transport))
-        )
-
-    def calls_in_flight(self) -> int:
-        """As the page counts them."""
-        return self._worker.page.in_flight
-
-    def state(self, connection: Any) -> State:
-        """By what the protocol keeps of it."""
-        if not hasattr(connection, "cycle"):
-            return State.WEBSOCKET if _is_open(connection) else State.OPENING
-        cycle = connection.cycle
-        if cycle is not None and not cycle.response_complete:
-            return State.BUSY
-        if unsent(connection.transport) or getattr(connection, "pipeline", None):
-            return State.BUSY
-        if _is_reading(connection):
-            return State.READING
-        return State.NEW if cycle is None else State.IDLE
-
-    def transport(self, connection: Any) -> Any:
-        """uvicorn keeps it under that name."""
-        return connection.transport
-
     def close(self, connection: Any, patience: float) -> None:
         """Through the polite transport."""
         connection.transport.close(patience)
@@ -420,9 +401,7 @@ class Connections:
             connection.transport.close(CLOSING)
         elif connection not in self._restarted:
             self._restarted.add(connection)
-            task = self._worker.event_loop.create_task(self._restart(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self.later(self._restart(connection))
 
     async def _restart(self, connection: Any) -> None:
         # With the older implementation of websockets that way cancels what the application waits for; this tells it.
