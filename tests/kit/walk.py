@@ -577,6 +577,8 @@ class Walk:
                 found.reported += 1
                 if len(reported) > 1:
                     problem(f"reported more than once: {record} {reported}")
+            elif name in begun and record["detail"].startswith("500 ") and self._explained(record):
+                found.answered += 1  # by its application: after the hammer a worker takes no job any more
             elif name in begun:
                 problem(f"lost, and nobody said so: {record}")
             elif outcome == "refused":
@@ -625,6 +627,9 @@ class Walk:
                     nameless.append(f"{each['worker']}: {each['reason']}")
                 else:
                     named.setdefault(lost["path"], []).append(f"{each['worker']}: {each['reason']}")
+        for each in self.server.events():
+            if each["event"] == "Stopped":  # what no worker had accepted is in the report of the whole alone
+                nameless += [each["id"] for lost in each["lost"]["requests"] if lost["worker"] == 0]
         # A worker whose master was killed has nobody but the log to tell.
         nameless += re.findall(r"^\? \?, [\d.]+ s", self.server.log(), re.MULTILINE)
         for name in re.findall(r"^(?:GET|POST|WS) (/\w+/\S+), [\d.]+ s", self.server.log(), re.MULTILINE):
