@@ -90,7 +90,7 @@ class Stopping:
         lame_duck = master.settings.lame_duck if master.final else 0.0
         stop = self._open(reason, master.settings.leave_budget + lame_duck, MARGIN)
         if master.is_successor:
-            master.takeover.tell(say="failed", reason=f"stopped by {reason} before it was committed")
+            master.takeover.fail(f"stopped by {reason} before it was committed")
         if lame_duck:
             stop.lame_duck = Deadline.after(lame_duck)
             for worker in self._arbiter.WORKERS.values():

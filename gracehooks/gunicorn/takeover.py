@@ -84,7 +84,9 @@ class Takeover:
         if self.handover is not None:
             old = self.handover.old
             for message in old.channel.receive() if old.channel else ():
-                if message.get("say") == "commit":
+                # A commit that crosses our word that we cannot serve is no more than that: the old master rolls back when
+                # it reads it, and serves on.
+                if message.get("say") == "commit" and not self._failure and not self._master.stop.under_way:
                     self._promote(self.handover, "commit", message.get("phases", {}))
                     return
             if (old.channel is None or old.channel.closed) and not old.alive:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -270,6 +272,25 @@ def test_several_old_generations_may_drain_up_to_the_limit():
 
         eventually(lambda: len(lost()) == 3, what="the record of the last one, once the generation before it has left")
         assert lost() == [{"requests": [], "jobs": []}] * 3
+
+
+def test_a_failure_that_crosses_the_commit_rolls_back_and_the_old_generation_serves_on():
+    with serve() as server:
+        old = server.pid
+        server.signal("USR2")
+        successor = server.wait_for("UpgradeStarted")["successor"]
+        server.wait_for("ProbationStarted")
+        os.kill(successor, signal.SIGSTOP)  # it cannot say yet that its worker has died
+        os.kill(children(successor)[0], signal.SIGKILL)
+        eventually(lambda: server.status()["upgrade"]["state"] == "committing", what="the commit was sent")
+        os.kill(successor, signal.SIGCONT)
+        verdict = server.wait_for("UpgradeRolledBack")
+        assert "ended in the probation: killed by SIGKILL" in verdict["reason"], verdict
+        eventually(lambda: set(server.processes()) == {old, *server.workers()}, what="the old generation alone")
+        assert server.pid == old
+        assert server.get("/").status == 200
+        assert server.status()["state"] == "serving"
+        good_upgrade(server)
 
 
 def test_what_waits_for_a_generation_that_cannot_serve_is_counted():
