@@ -109,9 +109,10 @@ def test_the_last_word_waits_for_room_and_not_for_ever():
     started = time.monotonic()
     assert not channel.flush_within(0.1)  # nobody reads
     assert time.monotonic() - started >= 0.1
-    reader = threading.Thread(target=lambda: [theirs.recv(65536) for _ in range(1000)], daemon=True)
+    reader = threading.Thread(target=lambda: list(iter(lambda: theirs.recv(65536), b"")), daemon=True)
     reader.start()
     assert channel.flush_within(60)
     channel.close()
-    theirs.close()
     reader.join(10)
+    assert not reader.is_alive()
+    theirs.close()
