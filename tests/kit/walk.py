@@ -306,6 +306,9 @@ class Walk:
         delay = chance.uniform(0, 1.5)
         file = "broken-config" if broken == "config" else "broken"
         mark, master = server.mark(), server.pid
+        if not alive(master):  # it was killed just before, and whoever comes after it has not taken the pidfile yet
+            self.tell("  nobody was there to be replaced")
+            return
         if broken:
             server.write(file, broken)
         self.send("USR2" if how == "upgrade" else "HUP", master)
@@ -428,7 +431,7 @@ class Walk:
         """A final stop; the walk starts the server again when it settles."""
         began = time.monotonic()
         pid = self.server.pid
-        if not alive(pid):  # it was killed just before; whoever comes after it has not taken the pidfile yet
+        if not alive(pid):  # as above
             self.tell("  nobody was there to stop")
             return
         self.violence.append(Violence(f"SIG{name} to the master", 0, began, down=True, gentle=name == "TERM"))
