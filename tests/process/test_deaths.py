@@ -11,16 +11,13 @@ import signal
 import sys
 from concurrent.futures import Future
 
-import gunicorn
 import pytest
 
 from tests.kit import Server, eventually, serve
 from tests.kit.cgroups import little_memory
+from tests.kit.classes import CLASSES, LOOPS
 from tests.kit.clients import ask
 
-WSGI_CLASSES = ["gracehooks.Worker", "gracehooks.SyncWorker", "gracehooks.GeventWorker"]
-LOOPS = ["gracehooks.UvicornWorker"] + ["gracehooks.ASGIWorker"] * (gunicorn.version_info >= (25, 2))
-CLASSES = WSGI_CLASSES + LOOPS
 MEGABYTE = 1 << 20
 
 COMMON = """

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import pytest
 
 from tests.kit import Server, eventually, load, serve, within
+from tests.kit.classes import LOOPS
 
-GUNICORN_HAS_ASGI = pytest.importorskip("gunicorn").version_info >= (25, 2)
 pytest.importorskip("uvicorn_worker")
 #: How many WebSockets are open, and the seconds in which they have to go (the promise is 200 in 10).
 SOCKETS = int(os.environ.get("TEST_WEBSOCKETS", "20"))
@@ -39,9 +39,7 @@ class H11Worker(gracehooks.UvicornWorker):
 class OldWebSockets(gracehooks.UvicornWorker):
     CONFIG_KWARGS = {"ws": "websockets"}
 """
-asgi = pytest.param("gracehooks.ASGIWorker", marks=pytest.mark.skipif(not GUNICORN_HAS_ASGI, reason="no asgi worker"))
-EACH = [asgi, "gracehooks.UvicornWorker", "h11_uvicorn.H11Worker"]
-ONE_EACH = [asgi, "gracehooks.UvicornWorker"]
+EACH = [*LOOPS, "h11_uvicorn.H11Worker"]
 
 APP = """
 import asyncio, os, signal, sys, time
@@ -283,7 +281,7 @@ def test_requests_under_way_end_and_say_that_the_connection_ends(worker):
         assert outcome(server)["lost"] == {"requests": [], "jobs": []}
 
 
-@pytest.mark.parametrize("worker", ONE_EACH)
+@pytest.mark.parametrize("worker", LOOPS)
 def test_the_backlog_of_a_busy_worker_is_served_and_silent_connections_linger(worker):
     with serving(worker, "gracehooks.configure(drain_timeout=10)") as server:
         blocking = ask(server, "/block?1.5")
@@ -324,7 +322,7 @@ def test_an_idle_worker_is_gone_at_once_and_runs_every_hook(worker):
         assert ended["lost"] == {"requests": [], "jobs": []}, ended
 
 
-@pytest.mark.parametrize("worker", ONE_EACH)
+@pytest.mark.parametrize("worker", LOOPS)
 def test_the_hammer_and_the_abort_run_their_hooks(worker):
     with serving(worker, "timeout = 300") as server:
         (pid,) = server.workers()
@@ -352,7 +350,7 @@ def test_the_hammer_and_the_abort_run_their_hooks(worker):
         stuck.close()
 
 
-@pytest.mark.parametrize("worker", ONE_EACH)
+@pytest.mark.parametrize("worker", LOOPS)
 def test_workers_of_a_killed_master_drain_and_leave(worker):
     with serving(worker) as server:
         (pid,) = server.workers()
@@ -447,7 +445,7 @@ def assert_spread(moments: list[float]) -> None:
 
 
 @pytest.mark.skipif(not HTTPTOOLS, reason="no WebSockets without the extras")
-@pytest.mark.parametrize("worker", [*ONE_EACH, "h11_uvicorn.OldWebSockets"])
+@pytest.mark.parametrize("worker", [*LOOPS, "h11_uvicorn.OldWebSockets"])
 def test_websockets_are_closed_one_after_the_other(worker):
     with serving(worker, f"gracehooks.configure(drain_timeout={WINDOW})") as server:
         sockets = [WebSocket(server) for _ in range(SOCKETS)]
@@ -459,7 +457,7 @@ def test_websockets_are_closed_one_after_the_other(worker):
 
 
 @pytest.mark.skipif(not HTTPTOOLS, reason="no WebSockets without the extras")
-@pytest.mark.parametrize("worker", ONE_EACH)
+@pytest.mark.parametrize("worker", LOOPS)
 def test_websockets_that_come_back_land_on_the_new_generation(worker):
     with serving(worker, f"gracehooks.configure(drain_timeout={WINDOW})", workers=2) as server:
         sockets = [WebSocket(server) for _ in range(SOCKETS)]
@@ -475,7 +473,7 @@ def test_websockets_that_come_back_land_on_the_new_generation(worker):
             each.socket.close()
 
 
-@pytest.mark.parametrize("worker", ONE_EACH)
+@pytest.mark.parametrize("worker", LOOPS)
 def test_what_goes_on_after_its_answer_is_a_job(worker):
     with serving(worker, "gracehooks.configure(drain_timeout=0.3, job_timeout=20)") as server:
         assert read_answer(ask(server, "/after")).read() == b"answered"
@@ -488,7 +486,7 @@ def test_what_goes_on_after_its_answer_is_a_job(worker):
 
 
 # -- what is stuck -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("worker", ONE_EACH)
+@pytest.mark.parametrize("worker", LOOPS)
 @pytest.mark.parametrize(("path", "where"), [("/stuck", "time.sleep(120)"), ("/swallow", "await asyncio.sleep(60)")])
 def test_a_stuck_request_is_reported_and_the_worker_is_gone_in_time(worker, path, where):
     with serving(worker, "timeout = 300\ngracehooks.configure(drain_timeout=1, job_timeout=1)") as server:
@@ -505,7 +503,7 @@ def test_a_stuck_request_is_reported_and_the_worker_is_gone_in_time(worker, path
         connection.close()
 
 
-@pytest.mark.parametrize("worker", ONE_EACH)
+@pytest.mark.parametrize("worker", LOOPS)
 def test_what_came_to_a_loop_that_is_blocked_is_counted(worker):
     config = "timeout = 300\nkeepalive = 60\ngracehooks.configure(drain_timeout=1, job_timeout=1)"
     with serving(worker, config) as server:
@@ -526,7 +524,7 @@ def test_what_came_to_a_loop_that_is_blocked_is_counted(worker):
             connection.close()
 
 
-@pytest.mark.parametrize("worker", ONE_EACH)
+@pytest.mark.parametrize("worker", LOOPS)
 def test_a_lifespan_shutdown_that_hangs_is_left_in_time(worker):
     with serving(worker, "gracehooks.configure(cleanup_timeout=1)", HANG_IN_LIFESPAN="1") as server:
         with within(1, slack=3):
@@ -537,7 +535,7 @@ def test_a_lifespan_shutdown_that_hangs_is_left_in_time(worker):
 
 
 # -- ready -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("worker", ONE_EACH)
+@pytest.mark.parametrize("worker", LOOPS)
 @pytest.mark.parametrize(
     ("setting", "application", "reason"),
     [

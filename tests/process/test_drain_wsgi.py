@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.kit import Late, Server, apps, eventually, serve, within
+from tests.kit.classes import WSGI_CLASSES
 
 NOTHING = {"requests": [], "jobs": []}
-CLASSES = ["gracehooks.Worker", "gracehooks.SyncWorker", "gracehooks.GeventWorker"]
-every_class = pytest.mark.parametrize("worker", CLASSES)
+every_class = pytest.mark.parametrize("worker", WSGI_CLASSES)
 
 #: The catalogue's application, and the ways of being stuck; each request leaves a file when it has begun.
 APP = (
@@ -258,7 +258,7 @@ def test_a_connection_is_not_closed_with_unread_bytes_in_it() -> None:
     """An answer is not taken back by the bytes of a body that the application did not want."""
     body = b"x" * 200_000
     head = "POST {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 200000\r\n"
-    for worker in CLASSES:
+    for worker in WSGI_CLASSES:
         with serve(APP, worker=worker, workers=1) as server:
             client = Client(server)
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)

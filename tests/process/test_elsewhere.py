@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.kit import load, serve
+from tests.kit.classes import CLASSES
 
 ROOT = Path(__file__).parents[2]
 PLACES = [str(ROOT / "tests/kit/elsewhere"), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
 ENVIRON = {"PYTHONPATH": os.pathsep.join(PLACES)}
-CLASSES = ["Worker", "SyncWorker", "GeventWorker", "ASGIWorker", "UvicornWorker"]
 IMPORT_ALL = """
 import importlib, importlib.util, os, pkgutil, select, signal, socket, gracehooks
 assert not os.path.exists("/proc/self"), "the features are still there"
@@ -42,10 +42,12 @@ def test_every_module_is_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", CLASSES if os.environ.get("TEST_FULL") else ["Worker", "UvicornWorker"])
-def test_it_upgrades_rolls_back_reloads_and_stops(name: str) -> None:
-    kinds = ("new",) if name == "SyncWorker" else ("new", "keepalive", "upload")
-    with serve(worker=f"gracehooks.{name}", env={**ENVIRON, "WITH": name.lower()}) as server:
+@pytest.mark.parametrize(
+    "worker", CLASSES if os.environ.get("TEST_FULL") else ["gracehooks.Worker", "gracehooks.UvicornWorker"]
+)
+def test_it_upgrades_rolls_back_reloads_and_stops(worker: str) -> None:
+    kinds = ("new",) if worker == "gracehooks.SyncWorker" else ("new", "keepalive", "upload")
+    with serve(worker=worker, env={**ENVIRON, "WITH": worker.lower()}) as server:
         with load(server, kinds=kinds, clients=3) as traffic:
             traffic.wait(20)
             assert server.upgrade()["event"] == "UpgradeCompleted"

@@ -16,21 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gunicorn
 import pytest
 
 from tests.kit import Server, eventually, serve
+from tests.kit.classes import CLASSES, LOOPS
 
-HAS_ASGI = pytest.mark.skipif(gunicorn.version_info < (25, 2), reason="this gunicorn has no asgi worker")
-ASGI_WORKER = pytest.param("gracehooks.ASGIWorker", marks=HAS_ASGI)
-CLASSES = [
-    "gracehooks.Worker",
-    "gracehooks.SyncWorker",
-    "gracehooks.GeventWorker",
-    ASGI_WORKER,
-    "gracehooks.UvicornWorker",
-]
-LOOPS = ("gracehooks.ASGIWorker", "gracehooks.UvicornWorker")
 FULL = "TEST_FULL" in os.environ
 
 WSGI = """
@@ -712,7 +702,7 @@ threading.excepthook = lambda args: None
 STOPS = int(os.environ.get("TEST_STOPS", "6"))
 
 
-@pytest.mark.parametrize("worker", CLASSES if STOPS > 6 else [CLASSES[0], CLASSES[2], CLASSES[4]])
+@pytest.mark.parametrize("worker", CLASSES if STOPS > 6 else ["gracehooks.Worker", "gracehooks.GeventWorker", LOOPS[0]])
 def test_the_equation_holds_whatever_ends_a_worker(worker: str) -> None:
     """TEST_STOPS (6) ends of workers each, in a random order that TEST_ORDER (1) seeds; with more, all the classes."""
     chance = random.Random(int(os.environ.get("TEST_ORDER", "1")))
@@ -852,7 +842,7 @@ def said(line):
 """
 
 
-@pytest.mark.parametrize("worker", [ASGI_WORKER, "gracehooks.UvicornWorker"])
+@pytest.mark.parametrize("worker", LOOPS)
 @pytest.mark.parametrize("stop", [False, True], ids=["while it serves", "while it stops"])
 def test_background_tasks_survive_a_client_that_leaves(worker: str, stop: bool) -> None:
     config = "asgi_disconnect_grace_period = 0"

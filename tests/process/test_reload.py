@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 
-import gunicorn
 import pytest
 
 from tests.kit import Late, Server, apps, eventually, load, serve, within
+from tests.kit.classes import CLASSES, LOOPS
 
 MINE = "gracehooks.configure(ready_timeout=4)\n"
 
@@ -185,15 +185,11 @@ def test_a_configuration_that_hangs_does_not_outlive_a_master_that_is_killed():
         server.wait_gone(probe)
 
 
-ASYNCHRONOUS = ["gracehooks.UvicornWorker"] + ["gracehooks.ASGIWorker"] * (gunicorn.version_info >= (25, 2))
-OTHERS = [*ASYNCHRONOUS, "gracehooks.GeventWorker", "gracehooks.SyncWorker", "gracehooks.Worker"]
-
-
-@pytest.mark.parametrize("worker", OTHERS if os.environ.get("TEST_FULL") == "1" else OTHERS[:1])
+@pytest.mark.parametrize("worker", CLASSES if os.environ.get("TEST_FULL") == "1" else LOOPS[:1])
 def test_what_cannot_serve_touches_nothing_on_any_class(worker: str):
     """Broken code, broken configuration, an import that hangs, a `ready_path` that fails; then TERM while one hangs."""
     mine = "gracehooks.configure(ready_timeout=5)\n"
-    good = apps.ASGI if worker in ASYNCHRONOUS else apps.WSGI
+    good = apps.ASGI if worker in LOOPS else apps.WSGI
     kinds = ("new",) if "Sync" in worker else ("new", "keepalive")
     with serve(config=mine, worker=worker) as server:
         with load(server, kinds=kinds, clients=3) as traffic:

@@ -17,27 +17,25 @@ import os
 import pytest
 
 from tests.kit import Server, load, serve
+from tests.kit.classes import CLASSES
 
 ROLLS = int(os.environ.get("TEST_ROLLS", "2"))
 REQUESTS = int(os.environ.get("TEST_REQUESTS", "600"))
 GUNICORN = pytest.importorskip("gunicorn").version_info
-CLASSES = ["Worker", "SyncWorker", "GeventWorker", "ASGIWorker", "UvicornWorker"]
 NOTHING = {"requests": [], "jobs": []}
 
 
 @pytest.mark.parametrize("way", ["upgrade", "reload", "max_requests"])
 @pytest.mark.parametrize("worker", CLASSES)
 def test_replacements_under_fast_load_lose_nothing(worker: str, way: str):
-    if worker == "ASGIWorker" and GUNICORN < (25, 2):
-        pytest.skip("no asgi worker")
     share = REQUESTS // (ROLLS + 1)
     recycling = way == "max_requests"
     config = "gracehooks.configure(ready_timeout=60)\n"  # how fast it boots is not what is tested
     if recycling:
         config += f"max_requests = {share}\nmax_requests_jitter = {share // 10}\n"
-    kinds = ("new",) if worker == "SyncWorker" else ("keepalive", "keepalive", "keepalive", "new")
+    kinds = ("new",) if worker == "gracehooks.SyncWorker" else ("keepalive", "keepalive", "keepalive", "new")
     # One worker that is recycled is the hardest case: there is nobody else.
-    with serve(config=config, worker=f"gracehooks.{worker}", workers=1 if recycling else 2) as server:
+    with serve(config=config, worker=worker, workers=1 if recycling else 2) as server:
         with load(server, kinds=kinds, clients=8, think=0) as traffic:
             for _ in range(ROLLS):
                 if recycling:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import gunicorn
 import pytest
 
 from tests.kit import Late, Server, apps, eventually, load, serve, within
+from tests.kit.classes import CLASSES, LOOPS
 from tests.kit.processes import alive
 
 NOTHING = {"requests": [], "jobs": []}
@@ -325,14 +325,12 @@ async def app(scope, receive, send):
 """
 
 
-@pytest.mark.parametrize("worker", ["Worker", "SyncWorker", "GeventWorker", "ASGIWorker", "UvicornWorker"])
+@pytest.mark.parametrize("worker", CLASSES)
 def test_an_idle_server_is_gone_at_once_and_what_its_application_wrote_is_in_the_file(worker):
-    if worker == "ASGIWorker" and gunicorn.version_info < (25, 0):
-        pytest.skip("this gunicorn has no asgi worker")
-    asynchronous = worker in ("ASGIWorker", "UvicornWorker")
+    asynchronous = worker in LOOPS
     app = (apps.ASGI if asynchronous else apps.WSGI) + _KEEPS_A_FILE
     app += _ASGI_WRITES if asynchronous else _WSGI_WRITES
-    with serve(worker=f"gracehooks.{worker}", workers=1, app=app) as server:
+    with serve(worker=worker, workers=1, app=app) as server:
         server.get("/")
         with within(0.3):
             assert server.stop() == 0

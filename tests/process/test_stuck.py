@@ -12,15 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import gunicorn
 import pytest
 
 from tests.kit import Server, eventually, serve, within
+from tests.kit.classes import CLASSES, LOOPS, WSGI_CLASSES
 from tests.kit.clients import ask
 
-WSGI_CLASSES = ["gracehooks.Worker", "gracehooks.SyncWorker", "gracehooks.GeventWorker"]
-LOOPS = ["gracehooks.UvicornWorker"] + ["gracehooks.ASGIWorker"] * (gunicorn.version_info >= (25, 2))
-CLASSES = WSGI_CLASSES + LOOPS
 TURNING = ["gracehooks.GeventWorker", *LOOPS]
 
 DRAIN, JOBS, CLEANUP = 2.0, 0.8, 0.5

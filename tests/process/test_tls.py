@@ -14,15 +14,13 @@ import pytest
 
 from gracehooks.demo.clients import TLS
 from tests.kit import Server, load, serve, within
+from tests.kit.classes import CLASSES, LOOPS
 
 pytest.importorskip("h2")
 import h2.config
 import h2.connection
 import h2.events
 
-WSGI_CLASSES = ["gracehooks.Worker", "gracehooks.SyncWorker", "gracehooks.GeventWorker"]
-LOOPS = ["gracehooks.UvicornWorker"] + ["gracehooks.ASGIWorker"] * (gunicorn.version_info >= (25, 2))
-CLASSES = WSGI_CLASSES + LOOPS
 #: Those that speak HTTP/2, on the gunicorns that do.
 SPEAKING = ["gracehooks.Worker", "gracehooks.GeventWorker", *LOOPS[1:]] * (gunicorn.version_info >= (25, 2))
 NOTHING = {"requests": [], "jobs": []}
