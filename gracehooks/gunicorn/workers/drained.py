@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from gunicorn.http.message import Message
@@ -196,13 +197,22 @@ class Drained(Attached):
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGQUIT, SIGINT: the hammer. The report, gunicorn's `worker_int` hook, the exit; within half a second."""
         del frame
-        self._end_now(signal.Signals(sig).name, self.cfg.worker_int)
+        self.take_hammer(signal.Signals(sig).name, self.cfg.worker_int)
 
     def handle_abort(self, sig: int, frame: Any) -> None:
         """SIGABRT, which gunicorn's master sends at a time-out: the same, with its `worker_abort` hook and code 1."""
         del sig, frame
         self.drain.exit_code = 1
-        self._end_now("WORKER TIMEOUT", self.cfg.worker_abort)
+        self.take_hammer("WORKER TIMEOUT", self.cfg.worker_abort)
+
+    def take_hammer(self, reason: str, hook: Any) -> None:
+        """Inside of the signal's handler: end the worker, with gunicorn's hook for that signal."""
+        self._end_now(reason, hook)
+
+    def _brace(self, reason: str, hook: Any) -> None:
+        """What the handler of a class does whose own loop has to end the worker: that loop may be stuck."""
+        self.drain.brace(reason)
+        self.hook_before_exit = hook
 
     def _forget_signals(self) -> None:
         """In a child that the application has forked, which is no worker: TERM ends it, and no hammer reaches our page."""
@@ -215,6 +225,14 @@ class Drained(Attached):
         code = self.drain.hammer(reason)
         hook(self)
         sys.exit(code)
+
+    def close_listeners(self, listeners: Iterable[Any]) -> None:
+        """Accepting ends; the second time nothing happens."""
+        if self.sockets:
+            for each in listeners:
+                each.close()
+            self.sockets = []
+            self.drain.accepting_ended()
 
     # -- what the drain needs of its host (drain.driver.Host) ----------------------------------------------------------
     def beat(self) -> None:

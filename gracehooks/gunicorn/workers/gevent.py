@@ -10,7 +10,6 @@ gevent's `StreamServer.do_read`, `do_handle` and `full`, and on `cancel_wait` (t
 
 from __future__ import annotations
 
-import signal
 import time
 from functools import partial
 from typing import Any
@@ -300,20 +299,9 @@ class GeventWorker(Drained, Stock):
         return self.given_up + sum(1 for _ in begun)
 
     # -- signals -----------------------------------------------------------------------------------------------------
-    def handle_quit(self, sig: int, frame: Any) -> None:
-        """The hammer. The handler runs in whichever greenlet is at work and may not wait; one of its own does the rest."""
-        del frame
-        self._brace(signal.Signals(sig).name, self.cfg.worker_int)
-
-    def handle_abort(self, sig: int, frame: Any) -> None:
-        """The same with gunicorn's `worker_abort` hook."""
-        del sig, frame
-        self.drain.exit_code = 1
-        self._brace("WORKER TIMEOUT", self.cfg.worker_abort)
-
-    def _brace(self, reason: str, hook: Any) -> None:
-        self.drain.brace(reason)
-        self.hook_before_exit = hook
+    def take_hammer(self, reason: str, hook: Any) -> None:
+        """The handler runs in whichever greenlet is at work and may not wait; one of its own does the rest."""
+        self._brace(reason, hook)
         gevent.spawn(self._end_now, reason, hook)
 
     # -- leaving -----------------------------------------------------------------------------------------------------
@@ -336,7 +324,7 @@ class GeventWorker(Drained, Stock):
             if waiting:
                 self._accept_waiting(waiting)
             if not waiting:
-                self._close_listeners()
+                self.close_listeners(self._servers)
                 busy = [server for server in self._servers if len(server.pool)]
                 if not busy:
                     break
@@ -345,7 +333,7 @@ class GeventWorker(Drained, Stock):
                 busy[0].pool.join(timeout=min(PAUSE, deadline.left()))
             else:
                 self._turn(0.005)
-        self._close_listeners()
+        self.close_listeners(self._servers)
 
     def _accept_waiting(self, waiting: list[Any]) -> None:
         """Accept until a listener has nothing more, and then leave it; not far ahead of what is being served."""
@@ -374,13 +362,6 @@ class GeventWorker(Drained, Stock):
                 conn = self.connections.get(greenlet)
                 if conn is None or not (conn.busy or conn.used or conn.http2 or conn.reading or conn.has_begun()):
                     greenlet.kill(block=False)
-
-    def _close_listeners(self) -> None:
-        if self.sockets:
-            for server in self._servers:
-                server.close()
-            self.sockets = []
-            self.drain.accepting_ended()
 
 
 def _goaway(conn: Connection) -> None:

@@ -274,20 +274,9 @@ class LoopWorker(Drained):
         return found
 
     # -- signals -----------------------------------------------------------------------------------------------------
-    def handle_quit(self, sig: int, frame: Any) -> None:
-        """The hammer. An exit raised here would end in whatever callback runs just now: the loop's own coroutine does it."""
-        del frame
-        self._brace(signal.Signals(sig).name, self.cfg.worker_int)
-
-    def handle_abort(self, sig: int, frame: Any) -> None:
-        """The same with gunicorn's `worker_abort` hook."""
-        del sig, frame
-        self.drain.exit_code = 1
-        self._brace("WORKER TIMEOUT", self.cfg.worker_abort)
-
-    def _brace(self, reason: str, hook: Any) -> None:
-        self.drain.brace(reason)
-        self.hook_before_exit = hook
+    def take_hammer(self, reason: str, hook: Any) -> None:
+        """An exit raised here would end in whatever callback runs just now: the loop's own coroutine does it."""
+        self._brace(reason, hook)
         self._ending = (reason, hook)
         self.wake()
 

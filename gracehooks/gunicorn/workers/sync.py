@@ -217,11 +217,11 @@ class SyncWorker(Drained, sync.SyncWorker):
             if waiting:
                 self._accept_waiting(waiting)
             if not waiting:
-                self._close_listeners()
+                self.close_listeners(self.sockets)
             if deadline.passed or not (waiting or self._lobby or self._closing):
                 break
             self._poll(0.0 if waiting else min(PAUSE, deadline.left()), ())
-        self._close_listeners()
+        self.close_listeners(self.sockets)
 
     def _accept_waiting(self, waiting: list[Any]) -> None:
         """One connection of each listener; the other workers of a stop accept from the same ones."""
@@ -237,13 +237,6 @@ class SyncWorker(Drained, sync.SyncWorker):
                     waiting.remove(listener)
             if self.drain.deadline.passed:
                 return
-
-    def _close_listeners(self) -> None:
-        if self.sockets:
-            for listener in self.sockets:
-                listener.close()
-            self.sockets = []
-            self.drain.accepting_ended()
 
 
 def _has_spoken(client: Any) -> bool:

@@ -342,7 +342,7 @@ class Worker(Drained, gthread.ThreadWorker):
             if waiting:
                 self._accept_waiting(waiting)
             if not waiting:
-                self._close_listeners()
+                self.close_listeners(self.sockets)
             self.murder_keepalived()
             self.murder_pending()
             if not (waiting or self._busy or self._kept or self.pending_conns or self._closing):
@@ -350,7 +350,7 @@ class Worker(Drained, gthread.ThreadWorker):
             if deadline.passed:
                 break
             self._turn(min(PAUSE, deadline.left()))
-        self._close_listeners()
+        self.close_listeners(self.sockets)
         self.tpool.shutdown(wait=False, cancel_futures=True)
 
     def _turn(self, pause: float) -> None:
@@ -385,13 +385,6 @@ class Worker(Drained, gthread.ThreadWorker):
                     if error.errno not in NO_ROOM:
                         waiting.remove(listener)
                     break
-
-    def _close_listeners(self) -> None:
-        if self.sockets:
-            for listener in self.sockets:
-                listener.close()
-            self.sockets = []
-            self.drain.accepting_ended()
 
 
 def clock() -> float:
