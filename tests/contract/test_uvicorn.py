@@ -24,7 +24,6 @@ try:
     PROTOCOLS.append("httptools")
 except ImportError:
     pass
-STOCK = {"h11": "H11Protocol", "httptools": "HttpToolsProtocol"}
 
 
 async def app(scope, receive, send):
@@ -64,12 +63,22 @@ def module_of(http):
     return importlib.import_module(f"uvicorn.protocols.http.{http}_impl")
 
 
-def with_protocol(http, scenario, application=app):
-    """Run `scenario(protocol, transport, state)` on a protocol of uvicorn's that has a connection."""
+class Listening:
+    """What our protocols ask of their worker."""
+
+    def __init__(self):
+        self.event_loop = asyncio.get_running_loop()
+        self.born = set()
+
+
+def with_protocol(http, scenario, application=app, *, ours_too=False):
+    """Run `scenario(protocol, transport, state)` on a protocol of uvicorn's, or ours, that has a connection."""
 
     async def run():
         config = Config(application, http=http, log_config=None, ws="none")
         config.load()
+        if ours_too:
+            config.http_protocol_class = ours._noted(config.http_protocol_class, Listening())
         state = ServerState()
         protocol = config.http_protocol_class(config=config, server_state=state, app_state={})
         transport = Transport()
@@ -216,9 +225,7 @@ def test_the_application_gets_bound_methods_of_the_cycle_of_its_module(http):
 
 @pytest.mark.parametrize("http", PROTOCOLS)
 def test_a_cycle_that_is_told_hears_the_end_and_sends_all_the_same(http, monkeypatch):
-    module = module_of(http)
-    monkeypatch.setattr(module, "RequestResponseCycle", module.RequestResponseCycle)
-    ours._listen_for_the_end(getattr(module, STOCK[http]))
+    monkeypatch.setattr(module_of(http), "RequestResponseCycle", module_of(http).RequestResponseCycle)
     heard = []
 
     async def application(scope, receive, send):
@@ -236,20 +243,18 @@ def test_a_cycle_that_is_told_hears_the_end_and_sends_all_the_same(http, monkeyp
         await answered(transport, b"\r\n\r\n")
         cycle = protocol.cycle
         assert ours._is_event_stream(cycle)
-        assert cycle.transport is transport
+        assert protocol.transport.write == transport.write
         cycle.told = True
         cycle.message_event.set()
         await answered(transport, b"bye\r\n0\r\n\r\n")
         assert [each["type"] for each in heard] == ["http.request", "http.disconnect", "http.disconnect"]
 
-    with_protocol(http, scenario, application)
+    with_protocol(http, scenario, application, ours_too=True)
 
 
 @pytest.mark.parametrize("http", PROTOCOLS)
 def test_a_body_that_still_comes_is_delivered_before_the_end_is_told(http, monkeypatch):
-    module = module_of(http)
-    monkeypatch.setattr(module, "RequestResponseCycle", module.RequestResponseCycle)
-    ours._listen_for_the_end(getattr(module, STOCK[http]))
+    monkeypatch.setattr(module_of(http), "RequestResponseCycle", module_of(http).RequestResponseCycle)
     heard = []
 
     async def application(scope, receive, send):
@@ -268,7 +273,40 @@ def test_a_body_that_still_comes_is_delivered_before_the_end_is_told(http, monke
         await answered(transport)
         assert heard == [("http.request", b"body"), ("http.disconnect", None)]
 
-    with_protocol(http, scenario, application)
+    with_protocol(http, scenario, application, ours_too=True)
+
+
+@pytest.mark.parametrize("http", PROTOCOLS)
+def test_the_head_that_is_noted_is_that_of_the_answer_to_this_request(http, monkeypatch):
+    monkeypatch.setattr(module_of(http), "RequestResponseCycle", module_of(http).RequestResponseCycle)
+
+    async def application(scope, receive, send):
+        if scope["path"] == "/reads":
+            message = await receive()
+            while message["more_body"]:
+                message = await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def scenario(protocol, transport, state):
+        head = b"POST /%s HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n"
+        protocol.data_received(head % b"reads" + b"Expect: 100-continue\r\n\r\n")
+        await answered(transport, b"100 Continue\r\n\r\n" if http == "httptools" else b"\r\n\r\n")
+        protocol.data_received(b"body")
+        await answered(transport)
+        assert ours._head(protocol.cycle).startswith(b"HTTP/1.1 200 OK\r\n")
+        transport.written = b""
+        protocol.data_received(head % b"ignores" + b"\r\nbody")
+        await answered(transport)
+        assert ours._head(protocol.cycle) is None
+
+    with_protocol(http, scenario, application, ours_too=True)
+
+
+def test_a_websocket_gets_the_transport_itself():
+    for http in PROTOCOLS:
+        stock = next(each for each in vars(module_of(http)).values() if hasattr(each, "handle_websocket_upgrade"))
+        assert "protocol.connection_made(self.transport)" in inspect.getsource(stock.handle_websocket_upgrade)
 
 
 def test_websocket_protocols_close_with_1012_and_say_whether_they_are_open():

@@ -18,7 +18,7 @@ import copy
 import signal
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gracehooks.errors import ConfigError
@@ -93,7 +93,6 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
     async def listen(self) -> None:
         """uvicorn's own listeners, whose protocols are noted as they are made."""
         config = self.config
-        _listen_for_the_end(config.http_protocol_class)
         config.http_protocol_class = _noted(config.http_protocol_class, self)
         await self.tick()
         await self.server.startup(sockets=[each.sock for each in self.sockets])
@@ -162,22 +161,42 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
 
 # -- the protocol while it serves --------------------------------------------------------------------------------------
 def _noted(stock: Any, worker: UvicornWorker) -> Any:
-    """uvicorn's protocol class, whose objects are noted, and whose tasks and timers cost less."""
-    loop, born = worker.event_loop, worker.born
-    known = stock.__module__.endswith((".h11_impl", ".httptools_impl"))  # they have one timer, the keep-alive's
+    """uvicorn's protocol class, whose objects are noted; what we know better of uvicorn's own two is in `_known`."""
+    born = worker.born
+    if stock.__module__.endswith((".h11_impl", ".httptools_impl")):
+        _listen_for_the_end(sys.modules[stock.__module__])
+        stock = _known(stock, worker.event_loop)
 
     class Protocol(stock):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             born.add(self)
-            self.idle = None
-            if known:
-                self.idle = self.loop = _ConnectionLoop(loop, self.timeout_keep_alive_handler)
+
+    Protocol.__name__ = stock.__name__
+    return Protocol
+
+
+def _known(stock: Any, loop: asyncio.AbstractEventLoop) -> Any:
+    """uvicorn's protocol class, whose tasks and timers cost less, and whose answers can be overheard."""
+
+    class Protocol(stock):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            # They have one timer, the keep-alive's.
+            self.idle = self.loop = _ConnectionLoop(loop, self.timeout_keep_alive_handler)
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.transport = self.flow.overheard = _Overheard(transport)
+
+        def handle_websocket_upgrade(self, *args: Any) -> None:
+            if isinstance(self.transport, _Overheard):
+                self.transport = self.transport.transport
+            super().handle_websocket_upgrade(*args)
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            if self.idle is not None:
-                self.idle.close()
+            self.idle.close()
 
     Protocol.__name__ = stock.__name__
     return Protocol
@@ -229,11 +248,32 @@ class _ConnectionLoop(ServerLoop):
 
 
 # -- told of the end -------------------------------------------------------------------------------------------------
-def _listen_for_the_end(protocol_class: type) -> None:
-    """Have the cycles of that protocol's module tell `http.disconnect` when the drain says so."""
-    module = sys.modules[protocol_class.__module__]
-    stock: Any = getattr(module, "RequestResponseCycle", None)
-    if stock is None or hasattr(stock, "told"):
+class _Overheard:
+    """The transport of a connection, as it is; the next write, which is the head of an answer, can be noted."""
+
+    __slots__ = ("head", "is_closing", "transport", "write")
+
+    def __init__(self, transport: Any) -> None:
+        self.transport = transport
+        #: The first bytes of the answer, if they were noted.
+        self.head: bytes | None = None
+        self.write: Callable[[bytes], None] = transport.write
+        self.is_closing: Callable[[], bool] = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def note(self, data: bytes) -> None:
+        """Write, and note it."""
+        self.write = write = self.transport.write
+        self.head = data[:HEAD]
+        write(data)
+
+
+def _listen_for_the_end(module: Any) -> None:
+    """Have the cycles of that module of uvicorn's tell `http.disconnect` when the drain says so."""
+    stock: Any = module.RequestResponseCycle
+    if hasattr(stock, "told"):
         return
 
     receive = stock.receive
@@ -241,16 +281,15 @@ def _listen_for_the_end(protocol_class: type) -> None:
     class RequestResponseCycle(stock):
         """uvicorn's own, which can be told of the drain and goes on sending all the same."""
 
-        #: Whether it was told, whether the application has had the whole body, and the answer's first bytes if known.
+        #: Whether it was told, and whether the application has had the whole body.
         told = False
         body_ended = False
-        head: bytes | None = None
-        transport: Any
+        flow: Any
         more_body: bool
-        message_event: Any
+        waiting_for_100_continue: bool
 
         def receive(self) -> Any:
-            if self.body_ended or self.more_body or not self.message_event.is_set():
+            if self.more_body or self.body_ended or self.waiting_for_100_continue:
                 return self._wait()
             # All of the body is here, and uvicorn's own gives it without waiting: a coroutine round it would be dear.
             self._all_is_read()
@@ -269,38 +308,26 @@ def _listen_for_the_end(protocol_class: type) -> None:
 
         def _all_is_read(self) -> None:
             self.body_ended = True
-            if self.head is None and not self.response_started:
+            overheard = self.flow.overheard
+            overheard.head = None
+            if not self.response_started:
                 # It may listen for the client's end from now on, and its answer may be a long one: of what type?
-                self.head = b""
-                self.transport = _Overheard(self, self.transport)
+                overheard.write = overheard.note
 
-    module.RequestResponseCycle = RequestResponseCycle  # type: ignore[attr-defined]
+    module.RequestResponseCycle = RequestResponseCycle
 
 
-class _Overheard:
-    """A transport whose next write is the head of an answer, which is noted; then it takes itself out of the way."""
-
-    __slots__ = ("cycle", "transport")
-
-    def __init__(self, cycle: Any, transport: Any) -> None:
-        self.cycle = cycle
-        self.transport = transport
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.transport, name)
-
-    def write(self, data: bytes) -> None:
-        """The head, unless it is only a "100 Continue"."""
-        if not data.startswith(b"HTTP/1.1 100 "):
-            self.cycle.head = data if len(data) <= HEAD else bytes(data[:HEAD])
-            self.cycle.transport = self.transport
-        self.transport.write(data)
+def _head(cycle: Any) -> bytes | None:
+    """The first bytes of its answer, if they were noted."""
+    head: bytes | None = cycle.flow.overheard.head if cycle.body_ended else None
+    return head
 
 
 def _is_event_stream(cycle: Any) -> bool:
     """Whether the answer is a stream of server-sent events, which may end at any event."""
-    if cycle.head:
-        return b"text/event-stream" in cycle.head.lower()
+    head = _head(cycle)
+    if head:
+        return b"text/event-stream" in head.lower()
     return any(name == b"accept" and b"text/event-stream" in value for name, value in cycle.scope["headers"])
 
 
@@ -369,10 +396,7 @@ class OpenConnections(Connections):
             return
         waiting = [each for each, _ in getattr(protocol, "pipeline", ())]
         for each in (cycle, *waiting):
-            if isinstance(each.transport, _Overheard):
-                each.transport.transport = polite
-            else:
-                each.transport = polite
+            each.transport = polite
         # Of several requests that have arrived, the answer to the last one closes the connection.
         last = waiting[0] if waiting else cycle
         if not last.response_started and not _has_next(protocol):
@@ -418,7 +442,7 @@ class OpenConnections(Connections):
             cycle = getattr(each, "cycle", None)
             if cycle is None or cycle.response_complete or cycle.more_body or getattr(cycle, "told", True):
                 continue
-            if cycle.response_started and cycle.head and not _is_event_stream(cycle):
+            if cycle.response_started and _head(cycle) and not _is_event_stream(cycle):
                 continue  # a download: it may still get to its end
             cycle.told = True
             self._worker.calls.told.add(cycle)
