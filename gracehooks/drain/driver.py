@@ -130,6 +130,8 @@ class Drain:
         self.hammered = False
         self._unread = 0
         self._handles: dict[int, object] = {}
+        #: The slots of requests whose application has failed and which the server has not answered, by what runs them.
+        self.failed: dict[object, int] = {}
         self._mark = requests._current.set
         self._said: set[int] = set()
         self._said_jobs: set[int] = set()
@@ -157,9 +159,21 @@ class Drain:
         return slot
 
     def end(self, slot: int) -> None:
-        """Its answer was sent, or it failed; in the context of `begin`."""
+        """Its answer was sent; in the context of `begin`."""
         self._mark(None)
         self.page.end(slot)
+
+    def fail(self, slot: int, handle: object) -> None:
+        """The application has failed, and the server has yet to say so: the request ends with `end_failed`."""
+        self._mark(None)
+        self.end_failed(handle)
+        self.failed[handle] = slot
+
+    def end_failed(self, handle: object) -> None:
+        """What `handle` runs has nothing more to answer."""
+        slot = self.failed.pop(handle, None)
+        if slot is not None:
+            self.page.end(slot)
 
     @property
     def in_flight(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 import ssl
 
@@ -13,6 +14,7 @@ import h2.connection
 import h2.events
 from gunicorn.config import Config
 from gunicorn.http2.connection import HTTP2ServerConnection
+from gunicorn.workers import base_async, gthread
 
 from gracehooks.gunicorn.workers import http2 as ours
 
@@ -24,9 +26,10 @@ class Client:
 
     def __init__(self, monkeypatch):
         self.leaving = False
-        for name in ("receive_data", "close"):
+        self.over = 0
+        for name in ("receive_data", "close", "cleanup_stream"):
             monkeypatch.setattr(HTTP2ServerConnection, name, getattr(HTTP2ServerConnection, name))
-        ours.end_well(lambda: self.leaving)
+        ours.end_well(lambda: self.leaving, self.one_is_over)
         server, self.socket = socket.socketpair()
         self.socket.settimeout(5)
         self.h2 = h2.connection.H2Connection()
@@ -36,6 +39,9 @@ class Client:
         self.send()
         assert list(self.connection.receive_data()) == []
         self.read()
+
+    def one_is_over(self):
+        self.over += 1
 
     def send(self):
         self.socket.sendall(self.h2.data_to_send())
@@ -93,6 +99,14 @@ def test_while_the_worker_serves_a_connection_is_served_as_gunicorn_does(client)
     stream = client.ask()
     assert client.serve(client.connection.receive_data()) == [stream]
     assert not client.connection.is_closed
+    assert client.over == 1
+
+
+def test_gunicorn_says_of_each_stream_that_it_is_over_after_the_answer_to_a_mistake():
+    for module in (gthread, base_async):
+        source = inspect.getsource(module)
+        mistake = source.index("h2_conn.send_error(req.stream.stream_id, 500")
+        assert "finally" in source[mistake : source.index("h2_conn.cleanup_stream(req.stream.stream_id)", mistake)]
 
 
 def test_what_has_arrived_when_the_worker_leaves_is_served_and_then_comes_a_goodbye(client):

@@ -21,16 +21,28 @@ from tests.kit.clients import ask
 MEGABYTE = 1 << 20
 
 COMMON = """
-import asyncio, ctypes, os, threading, time
+import asyncio, ctypes, logging, os, threading, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+
+
+class Slow(logging.Handler):
+    def emit(self, record):
+        if record.exc_info:
+            (HERE / f"begun-telling-{os.getpid()}").touch()
+            while not (HERE / "go").exists():
+                time.sleep(0.02)
 
 
 def starts(path):
     (HERE / f"begun-{path}-{os.getpid()}").touch()
     if path == "job":
         threading.Thread(target=time.sleep, args=(600,), name="the job").start()
+    elif path == "raise":
+        for name in ("gunicorn.error", "uvicorn.error"):
+            logging.getLogger(name).addHandler(Slow())
+        raise RuntimeError("a mistake")
     elif path == "crash":
         ctypes.string_at(0)
     elif path == "eat":
@@ -137,6 +149,23 @@ def test_a_worker_that_dies_leaves_a_report_of_exactly_what_it_had(worker: str, 
             ask(server, "crash")
             pid = victim._who("crash")
             victim.check(pid, "crashed with SIGSEGV", "/crash")
+
+
+@pytest.mark.parametrize("worker", CLASSES)
+def test_a_request_whose_mistake_is_being_logged_has_no_answer_yet(worker: str) -> None:
+    """The server answers 500 after that: a worker that dies before has lost the request."""
+    with serve(source(worker), CONFIG, worker=worker, workers=2) as server:
+        answer = ask(server, "raise")
+        (told,) = eventually(lambda: list(server.dir.glob("begun-telling-*")), what="the beginning of the log's line")
+        pid = int(told.name.rpartition("-")[2])
+        os.kill(pid, signal.SIGKILL)
+        lost = server.wait_for("WorkerEnded", worker=pid)["lost"]
+        assert answer.result(60) == 0
+        assert [each["path"] for each in lost["requests"]] == ["/raise"]
+        (server.dir / "go").touch()
+        assert ask(server, "raise").result(60) == 500
+        assert server.stop() == 0
+        assert [each["path"] for each in server.wait_for("Stopped")["lost"]["requests"]] == ["/raise"]
 
 
 @pytest.mark.parametrize("worker", CLASSES if os.environ.get("TEST_FULL") == "1" else ["gracehooks.Worker"])

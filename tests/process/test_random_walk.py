@@ -27,7 +27,7 @@ import os
 
 import pytest
 
-from tests.kit import named_apps, serve
+from tests.kit import Late, named_apps, serve
 from tests.kit.walk import CONFIG, Walk, named_load
 
 SECONDS = float(os.environ.get("TEST_WALK_SECONDS", "6"))
@@ -74,6 +74,8 @@ def test_a_random_walk_accounts_for_every_request(worker: str):
             [f"TEST_SEED={seed} TEST_WALK_SECONDS={SECONDS:g}, {worker}: {account}", *problems, *walk.story]
         )
         assert account.sent == account.answered + account.reported + account.unread + account.refused
+        if walk.late:
+            raise Late("; ".join(walk.late))
 
 
 def grown(before: dict[str, list[int]], after: dict[str, list[int]]) -> list[str]:

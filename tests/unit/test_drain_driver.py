@@ -114,6 +114,27 @@ def test_an_exit_callback_that_hangs_is_not_called_again(monkeypatch: pytest.Mon
     assert raised.value.args == (0,)
 
 
+# -- requests --------------------------------------------------------------------------------------------------------
+def test_a_request_whose_application_failed_is_in_flight_until_the_server_has_said_so() -> None:
+    drain = make()
+    slots = {handle: drain.begin("GET", f"/{handle}", handle) for handle in ("a", "b", "c")}  # the page has two
+    for handle, slot in slots.items():
+        drain.fail(slot, handle)
+    assert requests._current.get() is None, "what the server starts meanwhile is no job of the request's"
+    assert drain.in_flight == 3
+    for number, handle in enumerate(slots, 1):
+        drain.end_failed(handle)
+        drain.end_failed(handle)
+        assert drain.in_flight == 3 - number
+
+
+def test_a_second_failure_of_the_same_thread_shows_that_the_first_was_answered() -> None:
+    drain = make()
+    drain.fail(begin(drain, "/first"), threading.get_ident())
+    drain.fail(begin(drain, "/second"), threading.get_ident())
+    assert [each.path for each in drain.page.requests()] == ["/second"]
+
+
 # -- told ------------------------------------------------------------------------------------------------------------
 def test_the_handler_records_arms_and_wakes_once() -> None:
     drain = make()

@@ -70,7 +70,7 @@ class Calls:
     # -- the request path ----------------------------------------------------------------------------------------------
     def counted(self, app: Application, finish: Finish) -> Application:
         """`app`, counted on the page."""
-        begin, end, answered, told = self._page.begin, self._page.end, self.answered, self.told
+        begin, told = self._page.begin, self.told
 
         async def call(scope: Scope, receive: Any, send: Any) -> Any:
             kind = scope["type"]
@@ -84,13 +84,11 @@ class Calls:
                 result = await app(scope, receive, send)
                 if told:
                     await finish(scope, receive, send)
-                return result
-            finally:
-                if answered and slot in answered:
-                    if slot >= 0:
-                        answered.discard(slot)
-                else:
-                    end(slot)
+            except BaseException:
+                asyncio.get_running_loop().call_soon(self._end, slot)  # after the server's answer to that
+                raise
+            self._end(slot)
+            return result
 
         self.find(call.__code__, _of_layer)
         return call
@@ -101,7 +99,7 @@ class Calls:
         It costs more than the counting does, and looks at two headers only (tests/contract/test_uvicorn.py).
         """
         pop, append, entries, name, write, memory = self._page.parts()
-        begin, end, answered, told, now = self._page.begin, self._page.end, self.answered, self.told, time.monotonic
+        begin, answered, told, now = self._page.begin, self.answered, self.told, time.monotonic
         app = middleware.app
 
         async def call(scope: Scope, receive: Any, send: Any) -> Any:
@@ -132,19 +130,25 @@ class Calls:
                 result = await target(scope, receive, send)
                 if told:
                     await finish(scope, receive, send)
-                return result
-            finally:
-                if answered and slot in answered:
-                    if slot >= 0:
-                        answered.discard(slot)
-                elif slot >= 0:
-                    memory[slot] = 0
-                    append(slot)
-                else:
-                    end(slot)
+            except BaseException:
+                asyncio.get_running_loop().call_soon(self._end, slot)  # after the server's answer to that
+                raise
+            if answered or slot < 0:
+                self._end(slot)
+            else:
+                memory[slot] = 0
+                append(slot)
+            return result
 
         self.find(call.__code__, _of_layer)
         return call
+
+    def _end(self, slot: int) -> None:
+        """A call has ended; its slot was perhaps given back before."""
+        if slot not in self.answered:
+            self._page.end(slot)
+        elif slot >= 0:
+            self.answered.discard(slot)
 
     def leave_as_they_are(self) -> None:
         """The end has come: what was not answered stays on the page, whatever becomes of its coroutine."""

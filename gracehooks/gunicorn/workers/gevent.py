@@ -245,6 +245,7 @@ class GeventWorker(Drained, Stock):
         finally:
             if conn.reading is not None:
                 conn.reading.__exit__()
+            self._answered()
             del self.connections[greenlet]
 
     def timeout_ctx(self) -> Any:
@@ -260,14 +261,20 @@ class GeventWorker(Drained, Stock):
         conn.busy = True
         slot = self.drain.begin(req.method, req.path, greenlet)
         try:
-            return super().handle_request(listener_name, req, sock, addr)
+            keep = super().handle_request(listener_name, req, sock, addr)
         except StopIteration:
+            self.drain.end(slot)
             if unread_body(req) or unread(sock):
                 close_in_steps(sock, CLOSING)
             raise
-        finally:
+        except BaseException:
+            self.drain.fail(slot, greenlet)
+            raise
+        else:
             self.drain.end(slot)
-            conn.busy, conn.used = False, True
+            return keep
+        finally:
+            conn.busy, conn.used = greenlet in self.drain.failed, True
             # What was read beyond this request belongs to the next one.
             conn.sock.fed = bool(req.unreader.buf.getvalue())
             if self.nr >= self._recycle_at:
@@ -280,18 +287,28 @@ class GeventWorker(Drained, Stock):
         conn.busy = True
         slot = self.drain.begin(req.method, req.path, greenlet)
         try:
-            return super().handle_http2_request(listener_name, req, sock, addr, h2_conn)
-        finally:
+            super().handle_http2_request(listener_name, req, sock, addr, h2_conn)
+        except BaseException:
+            self.drain.fail(slot, greenlet)
+            raise
+        else:
             self.drain.end(slot)
-            conn.busy, conn.used = False, True
+        finally:
+            conn.busy, conn.used = greenlet in self.drain.failed, True
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
 
     def handle_http2(self, *args: Any, **kwargs: Any) -> Any:
         """An HTTP/2 connection: it waits in a read of its own."""
-        end_well(self.has_left)
+        end_well(self.has_left, self._answered)
         self.connections[gevent.getcurrent()].http2 = True
         return super().handle_http2(*args, **kwargs)
+
+    def _answered(self) -> None:
+        """This greenlet has nothing more to answer, nor an application's mistake."""
+        greenlet = gevent.getcurrent()
+        self.drain.end_failed(greenlet)
+        self.connections[greenlet].busy = False
 
     def unread(self) -> int:
         """Connections that have begun to send a request that has not been read to its end."""

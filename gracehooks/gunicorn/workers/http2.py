@@ -4,8 +4,8 @@ What must hold: every stream that has reached the worker when it is told to leav
 after the other; then comes a GOAWAY that names the last of them, so a client knows which of its requests it may ask again.
 gunicorn by itself reads no more once it leaves; before 27 it says no GOAWAY at all on some paths, and 27 names none.
 
-It relies on `HTTP2ServerConnection.receive_data`, `close`, `is_closed`, `streams`, `sock`, `h2_conn`, and where there are
-`pending_requests`, `_deferred_events`, `idle_timeout` (tests/contract/test_http2.py).
+It relies on `HTTP2ServerConnection.receive_data`, `close`, `cleanup_stream`, `is_closed`, `streams`, `sock`, `h2_conn`, and
+where there are `pending_requests`, `_deferred_events`, `idle_timeout` (tests/contract/test_http2.py).
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ __all__ = ["end_well", "wait_in_the_open"]
 MOST = 100
 
 
-def end_well(leaving: Callable[[], bool]) -> None:
-    """Mend gunicorn's connection, once, in this process; `leaving` says whether the worker leaves."""
+def end_well(leaving: Callable[[], bool], answered: Callable[[], None]) -> None:
+    """Mend gunicorn's connection, once, in this process.
+
+    `leaving` says whether the worker leaves; `answered` is called when a stream is over, in the thread that served it.
+    """
     from gunicorn.http2.connection import HTTP2ServerConnection
 
     stock = HTTP2ServerConnection.receive_data
@@ -52,8 +55,15 @@ def end_well(leaving: Callable[[], bool]) -> None:
         last = connection.h2_conn.highest_inbound_stream_id if last_stream_id is None else last_stream_id
         stock_close(connection, error_code, last)
 
+    stock_cleanup = HTTP2ServerConnection.cleanup_stream
+
+    def cleanup_stream(connection: Any, stream_id: int) -> None:
+        answered()
+        stock_cleanup(connection, stream_id)
+
     receive_data.gracehooks = True  # type: ignore[attr-defined]
     HTTP2ServerConnection.receive_data, HTTP2ServerConnection.close = receive_data, close
+    HTTP2ServerConnection.cleanup_stream = cleanup_stream
 
 
 def _and_what_follows(

@@ -122,6 +122,7 @@ class SyncWorker(Drained, sync.SyncWorker):
         try:
             self.handle(listener, client, address)
         finally:
+            self.drain.end_failed(self._thread)
             self._serving_one = False
 
     def _empty_pipe(self) -> None:
@@ -171,15 +172,15 @@ class SyncWorker(Drained, sync.SyncWorker):
     def handle_request(self, listener: Any, req: Any, client: Any, addr: Any) -> None:
         """One request, from parsed to answered; one that the hammer interrupts stays on the page, also if gunicorn says 500."""
         slot = self.drain.begin(req.method, req.path, self._thread)
-        interrupted = False
         try:
             super().handle_request(listener, req, client, addr)
         except BaseException:
-            interrupted = self.drain.hammered
+            if not self.drain.hammered:
+                self.drain.fail(slot, self._thread)
             raise
+        else:
+            self.drain.end(slot)
         finally:
-            if not interrupted:
-                self.drain.end(slot)
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
         if self.drain.leaving or (CLOSES_AT_ONCE and (unread_body(req) or unread(client))):

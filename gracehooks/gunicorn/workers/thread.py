@@ -165,7 +165,10 @@ class Worker(Drained, gthread.ThreadWorker):
         """Serve the connection; over TLS only when it has sent more than its handshake, else no thread waits for it."""
         if self.cfg.is_ssl and not hasattr(conn, "shaken") and not self._shake(conn):
             return SILENT
-        return super().handle(conn)
+        try:
+            return super().handle(conn)
+        finally:
+            self._answered()
 
     def _shake(self, conn: Any) -> bool:
         """Go on with the handshake, as far as what has arrived takes it; whether the connection has sent more than that."""
@@ -300,9 +303,14 @@ class Worker(Drained, gthread.ThreadWorker):
         """One request, from parsed to answered."""
         slot = self.drain.begin(req.method, req.path, threading.get_ident())
         try:
-            return super().handle_request(req, conn)
-        finally:
+            keep = super().handle_request(req, conn)
+        except BaseException:
+            self.drain.fail(slot, threading.get_ident())
+            raise
+        else:
             self.drain.end(slot)
+            return keep
+        finally:
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
 
@@ -310,15 +318,24 @@ class Worker(Drained, gthread.ThreadWorker):
         """One stream of an HTTP/2 connection, from parsed to answered."""
         slot = self.drain.begin(req.method, req.path, threading.get_ident())
         try:
-            return super().handle_http2_request(req, conn, h2_conn)
-        finally:
+            super().handle_http2_request(req, conn, h2_conn)
+        except BaseException:
+            self.drain.fail(slot, threading.get_ident())
+            raise
+        else:
             self.drain.end(slot)
+        finally:
             if self.nr >= self._recycle_at:
                 self.ask_for_replacement()
 
+    def _answered(self) -> None:
+        """This thread has nothing more to answer, nor an application's mistake."""
+        if self.drain.failed:
+            self.drain.end_failed(threading.get_ident())
+
     def handle_http2(self, conn: Any) -> Any:
         """An HTTP/2 connection: one that is idle when the drain begins gets its GOAWAY then, not at its time-out."""
-        end_well(self.has_left)
+        end_well(self.has_left, self._answered)
         wait_in_the_open(conn.parser, self._left[0])
         return super().handle_http2(conn)
 
