@@ -389,3 +389,10 @@ def test_http2_connections_are_drained_by_what_ours_sets():
         for part in ("self.draining", "self.peer_last_stream_id", "def _write_pending_nowait"):
             assert part in source
         assert "h2_conn.draining" in inspect.getsource(ASGIProtocol._handle_http2_connection)
+
+
+def test_an_answer_that_the_transport_has_not_taken_is_waited_for():
+    source = inspect.getsource(ASGIProtocol._handle_http_request)
+    assert "flow_control.drain()" in source[source.index("self._send_body(body") :]
+    assert "self._flow_control.pause_writing()" in inspect.getsource(ASGIProtocol.pause_writing)
+    assert "self._flow_control.resume_writing()" in inspect.getsource(ASGIProtocol.resume_writing)

@@ -16,6 +16,9 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.server import Server, ServerState
 
 from gracehooks.gunicorn.workers import uvicorn as ours
+from gracehooks.gunicorn.workers.calls import Calls
+from gracehooks.gunicorn.workers.farewell import UNNOTICED
+from gracehooks.scoreboard import Page
 
 PROTOCOLS = ["h11"]
 try:
@@ -36,6 +39,10 @@ class Transport(asyncio.Transport):
         super().__init__()
         self.written = b""
         self.closed = False
+        self.limit = -1
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        self.limit = high
 
     def get_extra_info(self, name, default=None):
         return default
@@ -69,6 +76,7 @@ class Listening:
     def __init__(self):
         self.event_loop = asyncio.get_running_loop()
         self.born = set()
+        self.calls = Calls(Page(requests=2, jobs=2))
 
 
 def with_protocol(http, scenario, application=app, *, ours_too=False):
@@ -78,7 +86,9 @@ def with_protocol(http, scenario, application=app, *, ours_too=False):
         config = Config(application, http=http, log_config=None, ws="none")
         config.load()
         if ours_too:
-            config.http_protocol_class = ours._noted(config.http_protocol_class, Listening())
+            worker = Listening()
+            config.http_protocol_class = ours._noted(config.http_protocol_class, worker)
+            config.http_protocol_class.calls = worker.calls
         state = ServerState()
         protocol = config.http_protocol_class(config=config, server_state=state, app_state={})
         transport = Transport()
@@ -301,6 +311,31 @@ def test_the_head_that_is_noted_is_that_of_the_answer_to_this_request(http, monk
         assert ours._head(protocol.cycle) is None
 
     with_protocol(http, scenario, application, ours_too=True)
+
+
+@pytest.mark.parametrize("http", PROTOCOLS)
+def test_a_call_lasts_until_its_answer_has_left_the_process(http):
+    async def scenario(protocol, transport, state):
+        assert transport.limit == UNNOTICED
+        protocol.data_received(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        (task,) = state.tasks
+        await asyncio.wait([task])
+        (slow, noted) = (protocol.flow, protocol.calls.attended)
+        protocol.pause_writing()
+        assert (slow in noted, transport.limit) == (True, 0)
+        waits = asyncio.ensure_future(slow.drain())
+        await asyncio.sleep(0)
+        assert not waits.done()
+        protocol.resume_writing()
+        await waits
+        assert (slow in noted, transport.limit) == (False, UNNOTICED)
+        protocol.pause_writing()
+        waits = asyncio.ensure_future(slow.drain())
+        protocol.connection_lost(None)
+        await waits
+        assert slow not in noted
+
+    with_protocol(http, scenario, ours_too=True)
 
 
 def test_a_websocket_gets_the_transport_itself():

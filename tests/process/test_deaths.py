@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import sys
 from concurrent.futures import Future
 
@@ -62,6 +63,9 @@ def app(environ, start_response):
     return [b"ok"]
 """
 ASGI = """
+LARGE = b"x" * (32 << 20)
+
+
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":
         while True:
@@ -73,8 +77,9 @@ async def app(scope, receive, send):
     starts(path)
     while path.startswith("wait") and not (HERE / "go").exists():
         await asyncio.sleep(0.02)
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
+    body = LARGE if path == "large" else b"ok"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
 """
 
 
@@ -166,6 +171,29 @@ def test_a_request_whose_mistake_is_being_logged_has_no_answer_yet(worker: str) 
         assert ask(server, "raise").result(60) == 500
         assert server.stop() == 0
         assert [each["path"] for each in server.wait_for("Stopped")["lost"]["requests"]] == ["/raise"]
+
+
+@pytest.mark.parametrize("worker", LOOPS)
+@pytest.mark.parametrize(
+    "reads", [False, True], ids=["a client that reads nothing", "a client that reads it in the end"]
+)
+def test_an_answer_that_the_kernel_has_not_taken_is_in_flight(worker: str, reads: bool) -> None:
+    """An event loop keeps it in the process, and the application has long gone on."""
+    with serve(source(worker), CONFIG, worker=worker, workers=1) as server:
+        (pid,) = server.workers()
+        with server.address.connect() as client:
+            client.sendall(b"GET /large HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
+            assert client.recv(1, socket.MSG_PEEK) == b"H"
+            assert ask(server, "").result(60) == 200  # meanwhile the loop has turned
+            size = 0
+            while reads and (part := client.recv(1 << 20)):
+                size += len(part)
+            assert size == 0 or size > 32 << 20
+            assert ask(server, "").result(60) == 200
+            os.kill(pid, signal.SIGKILL)
+            lost = server.wait_for("WorkerEnded", worker=pid)["lost"]
+            # What was answered in this very moment may be in the report as well.
+            assert [each["path"] for each in lost["requests"] if each["path"] != "/"] == ["/large"] * (not reads)
 
 
 @pytest.mark.parametrize("worker", CLASSES if os.environ.get("TEST_FULL") == "1" else ["gracehooks.Worker"])

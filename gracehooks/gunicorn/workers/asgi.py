@@ -30,7 +30,7 @@ from gracehooks import requests
 from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.workers.calls import WEBSOCKET, Application, Call
 from gracehooks.gunicorn.workers.departure import State
-from gracehooks.gunicorn.workers.farewell import CLOSING, unread, unsent
+from gracehooks.gunicorn.workers.farewell import CLOSING, hold_back, unread, unsent
 from gracehooks.gunicorn.workers.loop import Connections, LoopWorker, PlainSignals, ServerLoop, final_line, overhear
 from gracehooks.scoreboard import Page
 
@@ -97,6 +97,17 @@ class Protocol(ASGIProtocol):
         """One more."""
         self.worker.connections.add(self)
         super().connection_made(transport)
+        hold_back(transport, held=False)
+
+    def pause_writing(self) -> None:
+        """gunicorn's `send` waits then, after each part of an answer: the call does not end before all of it has left."""
+        super().pause_writing()
+        hold_back(self.transport, held=True)
+
+    def resume_writing(self) -> None:
+        """All of it has left."""
+        hold_back(self.transport, held=False)
+        super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """One less. What goes on after its answer is no more the client's: gunicorn would cancel it now or in a moment."""

@@ -22,7 +22,7 @@ __all__ = ["WEBSOCKET", "Call", "Calls"]
 
 Scope = dict[str, Any]
 Application = Callable[[Scope, Callable[..., Any], Callable[..., Any]], Awaitable[Any]]
-#: Called when a call has ended and some call was told of the drain: with its scope, `receive` and `send`.
+#: Called when a call has ended while `Calls.attended` has something in it: with its scope, `receive` and `send`.
 Finish = Callable[[Scope, Any, Any], Awaitable[None]]
 
 #: What stands for the method of a WebSocket in reports.
@@ -60,8 +60,9 @@ class Calls:
         self.closed = False
         #: Slots that were given back already: the answer was sent, and the rest of the call counts as a job.
         self.answered: set[int] = set()
-        #: What calls receive from that were told `http.disconnect`.
-        self.told: set[Any] = set()
+        #: While there is something in it, the end of each call is looked at: what calls receive from that were told
+        #: `http.disconnect`, and whatever else its worker puts there.
+        self.attended: set[Any] = set()
 
     def find(self, code: CodeType, finder: Finder) -> None:
         """Frames of `code` are those of a call, which `finder` reads."""
@@ -70,7 +71,7 @@ class Calls:
     # -- the request path ----------------------------------------------------------------------------------------------
     def counted(self, app: Application, finish: Finish) -> Application:
         """`app`, counted on the page."""
-        begin, told = self._page.begin, self.told
+        begin, attended = self._page.begin, self.attended
 
         async def call(scope: Scope, receive: Any, send: Any) -> Any:
             kind = scope["type"]
@@ -82,7 +83,7 @@ class Calls:
                 return await app(scope, receive, send)
             try:
                 result = await app(scope, receive, send)
-                if told:
+                if attended:
                     await finish(scope, receive, send)
             except BaseException:
                 asyncio.get_running_loop().call_soon(self._end, slot)  # after the server's answer to that
@@ -99,7 +100,7 @@ class Calls:
         It costs more than the counting does, and looks at two headers only (tests/contract/test_uvicorn.py).
         """
         pop, append, entries, name, write, memory = self._page.parts()
-        begin, answered, told, now = self._page.begin, self.answered, self.told, time.monotonic
+        begin, answered, attended, now = self._page.begin, self.answered, self.attended, time.monotonic
         app = middleware.app
 
         async def call(scope: Scope, receive: Any, send: Any) -> Any:
@@ -128,7 +129,7 @@ class Calls:
                     break
             try:
                 result = await target(scope, receive, send)
-                if told:
+                if attended:
                     await finish(scope, receive, send)
             except BaseException:
                 asyncio.get_running_loop().call_soon(self._end, slot)  # after the server's answer to that

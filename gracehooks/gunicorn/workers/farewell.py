@@ -18,12 +18,14 @@ from typing import Any
 
 from gracehooks.gunicorn.workers import sockets
 
-__all__ = ["Farewell", "PoliteTransport", "unread", "unsent"]
+__all__ = ["Farewell", "PoliteTransport", "hold_back", "unread", "unsent"]
 
 #: How long a client may take to close a connection that we have closed after an answer, in seconds.
 CLOSING = 2.0
 #: The same for one that was idle: nothing that was sent can be taken back any more.
 CLOSING_IDLE = 0.2
+#: How many bytes of an answer that the kernel does not take may go unnoticed; uvloop writes what is less with what follows.
+UNNOTICED = 8192
 
 
 def unread(transport: Any) -> int:
@@ -38,6 +40,18 @@ def unsent(transport: Any) -> int:
         return int(transport.get_write_buffer_size())
     except (AttributeError, OSError, RuntimeError):
         return 0
+
+
+def hold_back(transport: Any, *, held: bool) -> None:
+    """Have the transport call `pause_writing` where its client reads slowly, and `resume_writing` when all was taken.
+
+    To be called when the connection is made, and by those two, with whether writing is paused: what is in the process's own
+    memory dies with it, so until then an answer has not been sent.
+    """
+    try:
+        transport.set_write_buffer_limits(high=0 if held else UNNOTICED)
+    except (AttributeError, RuntimeError):
+        pass  # it is gone, or closed (uvloop says so)
 
 
 class Farewell(asyncio.Protocol):

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gracehooks.errors import ConfigError
-from gracehooks.gunicorn.workers.calls import Application
+from gracehooks.gunicorn.workers.calls import Application, Call
 from gracehooks.gunicorn.workers.departure import State
-from gracehooks.gunicorn.workers.farewell import CLOSING, PoliteTransport, unsent
+from gracehooks.gunicorn.workers.farewell import CLOSING, PoliteTransport, hold_back, unsent
 from gracehooks.gunicorn.workers.loop import Connections, LoopWorker, PlainSignals, ServerLoop, overhear
 
 try:
@@ -139,11 +139,17 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
             each.close()
 
     async def _finish(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """A call has ended that was told of the drain; see that its answer ends as well."""
+        """A call has ended that was told of the drain, or whose client reads slowly; see that its answer ends as well."""
         cycle: Any = getattr(receive, "__self__", None)
-        if cycle not in self.calls.told:
-            return
-        self.calls.told.discard(cycle)
+        attended = self.calls.attended
+        if cycle in attended:
+            attended.discard(cycle)
+            await self._end_well(cycle, scope, send)
+        flow: Any = getattr(cycle, "flow", None)
+        if flow in attended:
+            await flow.drain()
+
+    async def _end_well(self, cycle: Any, scope: dict[str, Any], send: Any) -> None:
         if cycle.response_complete or cycle.disconnected:
             return
         if not cycle.response_started:
@@ -165,7 +171,7 @@ def _noted(stock: Any, worker: UvicornWorker) -> Any:
     born = worker.born
     if stock.__module__.endswith((".h11_impl", ".httptools_impl")):
         _listen_for_the_end(sys.modules[stock.__module__])
-        stock = _known(stock, worker.event_loop)
+        stock = _known(stock, worker.event_loop, worker.calls.attended)
 
     class Protocol(stock):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -176,8 +182,11 @@ def _noted(stock: Any, worker: UvicornWorker) -> Any:
     return Protocol
 
 
-def _known(stock: Any, loop: asyncio.AbstractEventLoop) -> Any:
-    """uvicorn's protocol class, whose tasks and timers cost less, and whose answers can be overheard."""
+def _known(stock: Any, loop: asyncio.AbstractEventLoop, attended: set[Any]) -> Any:
+    """uvicorn's protocol class, whose tasks and timers cost less, and whose answers can be overheard.
+
+    While a client reads slowly its `flow` is `attended`: a call has not ended before its answer has left this process.
+    """
 
     class Protocol(stock):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -188,13 +197,26 @@ def _known(stock: Any, loop: asyncio.AbstractEventLoop) -> Any:
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.transport = self.flow.overheard = _Overheard(transport)
+            hold_back(transport, held=False)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            attended.add(self.flow)
+            hold_back(self.transport, held=True)
+
+        def resume_writing(self) -> None:
+            attended.discard(self.flow)
+            hold_back(self.transport, held=False)
+            super().resume_writing()
 
         def handle_websocket_upgrade(self, *args: Any) -> None:
             if isinstance(self.transport, _Overheard):
                 self.transport = self.transport.transport
+            self.transport.set_write_buffer_limits()
             super().handle_websocket_upgrade(*args)
 
         def connection_lost(self, exc: Exception | None) -> None:
+            attended.discard(self.flow)
             super().connection_lost(exc)
             self.idle.close()
 
@@ -445,7 +467,7 @@ class OpenConnections(Connections):
             if cycle.response_started and _head(cycle) and not _is_event_stream(cycle):
                 continue  # a download: it may still get to its end
             cycle.told = True
-            self._worker.calls.told.add(cycle)
+            self._worker.calls.attended.add(cycle)
             cycle.message_event.set()
 
     def settle(self) -> None:
@@ -454,22 +476,30 @@ class OpenConnections(Connections):
         if not worker.page.in_flight:
             return
         for call in list(worker.calls.running(worker.event_loop)):
-            slot, cycle = call.slot, getattr(call.names["receive"], "__self__", None)
+            slot, cycle = call.slot, _cycle_of(call)
             if slot is None or slot < 0 or slot in worker.calls.answered or not isinstance(call.handle, asyncio.Task):
                 continue
-            if getattr(cycle, "response_complete", False):
+            if getattr(cycle, "response_complete", False) and not unsent(cycle.transport):
                 worker.calls.answered.add(slot)
                 worker.page.end(slot)
                 worker.hand_over(call)
 
     def unsent(self) -> list[tuple[str, str]]:
-        """Answers that their applications have given and that are still in the loop's buffers."""
-        found = []
+        """Answers that their applications have given and that are still in the loop's buffers, and not in flight."""
+        found, calls = [], self._worker.calls
+        counted = {
+            _cycle_of(call) for call in calls.running(self._worker.event_loop) if call.slot not in calls.answered
+        }
         for each in (*self._server_state.connections, *(each.former for each in self._worker.farewells)):
             cycle = getattr(each, "cycle", None)
-            if cycle is not None and cycle.response_complete and unsent(each.transport):
+            if cycle is not None and cycle not in counted and cycle.response_complete and unsent(each.transport):
                 found.append((cycle.scope["method"], cycle.scope["path"]))
         return found
+
+
+def _cycle_of(call: Call) -> Any:
+    """uvicorn's own object for it."""
+    return getattr(call.names["receive"], "__self__", None)
 
 
 def _has_next(protocol: Any) -> bool:
