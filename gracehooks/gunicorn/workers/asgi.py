@@ -652,13 +652,16 @@ async def _go_away(protocol: Any) -> None:
     connection = protocol._h2_conn
     _send_goaway(connection, 2**31 - 1)
     await asyncio.sleep(GOAWAY_AFTER)
+    # Before 27 one stream is served after the other, and the next ones wait where nobody has counted them.
+    while not TASK_PER_REQUEST and not protocol._closed and (_has_streams(protocol) or _is_reading(protocol)):
+        await asyncio.sleep(STREAMS_PACE)
     last = int(getattr(connection.h2_conn, "highest_inbound_stream_id", 0))
     _send_goaway(connection, last)
     # gunicorn then does what it does after the peer's GOAWAY: the streams end, new ones are refused, the end.
     connection.peer_last_stream_id = last
     connection.draining = True
     connection.close = partial(connection.close, last_stream_id=last)
-    while not protocol._closed and (protocol.streams or connection.streams or getattr(protocol, "_h2_tasks", ())):
+    while not protocol._closed and _has_streams(protocol):
         await asyncio.sleep(STREAMS_PACE)
     if not protocol._closed:
         try:
@@ -666,6 +669,10 @@ async def _go_away(protocol: Any) -> None:
         except asyncio.TimeoutError:
             pass  # before 27 it waits for what its stream never hears of
         protocol._close_transport()
+
+
+def _has_streams(protocol: Any) -> bool:
+    return bool(protocol.streams or protocol._h2_conn.streams or getattr(protocol, "_h2_tasks", ()))
 
 
 def _send_goaway(connection: Any, last_stream_id: int) -> None:
