@@ -122,6 +122,7 @@ class Drain:
         self._takes_over = takes_over
         self._lock = allocate_lock()
         self._taken = False
+        self._accepts = False
         #: Whether the master is gone.
         self.orphan = False
         #: A worker that counts its requests itself, and not with `begin` and `end`, says here which are in flight.
@@ -215,6 +216,17 @@ class Drain:
     def final(self) -> bool:
         """Whether nobody else will serve what waits at the listener: a final stop, or the master is gone."""
         return self.orphan or self.page.order is Order.STOP
+
+    def accepting_begins(self) -> None:
+        """To be called before the first connection is accepted: the short bound of a boot is over.
+
+        Where the sentinel is ending the process at that bound, the calling thread parks here, and nothing is accepted.
+        """
+        with self._lock:
+            self._accepts = True
+            parked = self._taken
+        while parked:
+            native("time", "sleep")(3600)
 
     def look(self) -> bool:
         """Look at the order on the page and at the parent; gives `leaving`. Cheap, for each heartbeat."""
@@ -421,11 +433,14 @@ class Drain:
                 self.host.last_words()
                 self._exit(1)
             return self._braced.left()
-        if phase is Phase.BOOTING:
+        if phase is Phase.BOOTING and not self._accepts:
             late = self._deadlines.told.plus(BOOTING)
-            if late.passed:
+            if not late.passed:
+                return late.left()
+            with self._lock:
+                self._taken = not self._accepts
+            if self._taken:
                 self._exit(0)  # nothing was accepted, so nothing is lost; the import it waits for may never end
-            return late.left()
         if now - self._beaten_at >= BEAT:
             self._beaten_at = now
             self.host.beat()

@@ -135,6 +135,25 @@ def test_a_second_failure_of_the_same_thread_shows_that_the_first_was_answered()
     assert [each.path for each in drain.page.requests()] == ["/second"]
 
 
+def test_a_worker_that_boots_too_long_is_ended_unless_it_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for accepts in (False, True):
+        drain = make()
+        drain.page.phase = Phase.BOOTING
+        drain.told("SIGTERM")
+        if accepts:
+            drain.accepting_begins()
+        monkeypatch.setattr(driver, "BOOTING", -1.0)
+        if accepts:
+            assert drain.turn() > 0
+        else:
+            with pytest.raises(Exit):
+                drain.turn()
+            parked = threading.Thread(target=drain.accepting_begins, daemon=True)
+            parked.start()
+            parked.join(0.05)
+            assert parked.is_alive(), "it must accept nothing while the process ends"
+
+
 # -- told ------------------------------------------------------------------------------------------------------------
 def test_the_handler_records_arms_and_wakes_once() -> None:
     drain = make()

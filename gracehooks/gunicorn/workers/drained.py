@@ -115,6 +115,7 @@ class Drained(Attached):
         """Serve as gunicorn does, until told to leave; then the phases."""
         hold_settings(self.cfg)
         self._serving = True
+        self.drain.accepting_begins()
         try:
             self.serve()
         except Leaving:

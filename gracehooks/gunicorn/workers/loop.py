@@ -163,6 +163,7 @@ class LoopWorker(Drained):
                 self.refuse_to_boot(failure)
         # Every connection, and so every task of a request, inherits the context in which its listener was opened.
         mark = requests.mark()
+        self.drain.accepting_begins()
         await self.listen()
         requests.unmark(mark)
         self._serving = True
