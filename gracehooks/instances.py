@@ -52,9 +52,7 @@ class Instance:
         if pid <= 0 or status.get("state") == "stopped":
             return None
         start = processes.started(pid)
-        if not processes.alive(pid, start) or (written and start and _started_at(start) > written + 2.0):
-            return None
-        return pid, start
+        return (pid, start) if processes.alive_since(pid, written) else None
 
     def needs_room(self) -> None:
         """Raise OSError where the masters cannot write their files: on a disk that is full, or read-only, or broken.
@@ -109,16 +107,6 @@ class Instance:
                 yield True
         finally:
             os.close(fd)
-
-
-def _started_at(ticks: int) -> float:
-    """The unix time of a start time in ticks since boot; 0.0 where it is unknown."""
-    try:
-        with open("/proc/stat") as file:
-            boot = next(int(line.split()[1]) for line in file if line.startswith("btime "))
-        return boot + ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, StopIteration, ValueError):
-        return 0.0
 
 
 def _own_indexes() -> list[Path]:

@@ -102,6 +102,22 @@ def alive(pid: int, start: int = 0) -> bool:
     return found.alive and (not start or found.started == start)
 
 
+def alive_since(pid: int, written: float) -> bool:
+    """Whether the process runs, and is not a later one of the same pid than a file of that unix time (0: any) named."""
+    start = started(pid)
+    return alive(pid, start) and not (written and start and _started_at(start) > written + 2.0)
+
+
+def _started_at(ticks: int) -> float:
+    """The unix time of a start time in ticks since boot; 0.0 where it is unknown."""
+    try:
+        with open("/proc/stat") as file:
+            boot = next(int(line.split()[1]) for line in file if line.startswith("btime "))
+        return boot + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, StopIteration, ValueError):
+        return 0.0
+
+
 def children_of(pids: set[int], seen: Mapping[int, Seen] | None = None) -> set[int]:
     """The children of any of `pids`, now or as they were `seen`."""
     return {each.pid for each in (scan() if seen is None else seen).values() if each.parent in pids}

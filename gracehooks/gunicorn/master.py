@@ -329,6 +329,6 @@ class Grace:
                     pidfile.take(arbiter)
             except OSError as error:
                 arbiter.log.error("gracehooks: cannot write the pidfile (%s); the server serves on", error)
-            pidfile.unlink_second(arbiter)
+            pidfile.second(arbiter)
         arbiter._start_control_server()
         self.take_charge()

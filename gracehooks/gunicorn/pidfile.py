@@ -11,7 +11,7 @@ from gunicorn.pidfile import Pidfile
 
 from gracehooks import processes
 
-__all__ = ["is_ours", "take", "unlink_second"]
+__all__ = ["is_ours", "second", "take"]
 
 
 def take(arbiter: Any) -> None:
@@ -44,11 +44,18 @@ def is_ours(arbiter: Any) -> bool:
         return False
 
 
-def unlink_second(arbiter: Any) -> None:
-    """Remove the `.2` of a successor that is dead: gunicorn writes it while two masters serve."""
+def second(arbiter: Any) -> int:
+    """The living master that gunicorn's `.2` names, which a successor writes until it serves; 0 where there is none.
+
+    One that is dead, or whose pid is another process's now, would keep every further successor from its start: its file is
+    removed.
+    """
     path = Path(f"{arbiter.cfg.pidfile}.2")
     try:
-        if not processes.alive(int(path.read_text())):
-            path.unlink()
+        pid = int(path.read_text())
+        if processes.alive_since(pid, path.stat().st_mtime):
+            return pid
+        path.unlink()
     except (OSError, ValueError):
         pass
+    return 0

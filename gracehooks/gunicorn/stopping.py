@@ -129,7 +129,7 @@ class Stopping:
     def go_on(self) -> None:
         """One turn: the lame duck's end, the drain, the force at the deadline, the end."""
         stop, master = self._stop, self._master
-        if stop is None:
+        if stop is None or master.finished:
             return
         if stop.lame_duck is not None:
             if not stop.lame_duck.passed:

@@ -20,6 +20,7 @@ from gunicorn.config import Chdir
 
 from gracehooks import processes
 from gracehooks.errors import PreflightError
+from gracehooks.gunicorn import pidfile
 from gracehooks.gunicorn.losses import Losses
 from gracehooks.systemd.driver import Speaker
 from gracehooks.upgrade.channel import Channel
@@ -123,6 +124,12 @@ class ReexecHost:
             raise PreflightError(
                 "supervisord follows this pid and would start a duplicate; "
                 "write command=gracehooks run -- gunicorn … in its section"
+            )
+        second = pidfile.second(arbiter) if arbiter.cfg.pidfile is not None else 0
+        if second:
+            raise PreflightError(
+                f"{arbiter.cfg.pidfile}.2 names master {second}, which is still there: a generation that leaves, since the one "
+                f"before it was killed; try again when it has gone, or kill -TERM {second}"
             )
         directory = start_directory(arbiter)
         if not os.path.isdir(directory) or not os.access(directory, os.X_OK):

@@ -324,10 +324,8 @@ class Walk:
         self.tell(f"  {how}{f' ({broken})' if broken else ''}: {event or 'no verdict'} {verdict.get('reason', '')}")
         if event == "UpgradeCompleted" and broken:
             raise AssertionError(f"a broken release was taken for a good one: {verdict}")
-        draining = "draining" in verdict.get("reason", "") or "under way" in verdict.get("reason", "")
-        # An orphan that boots still has gunicorn's second pidfile, after the one between it and this master was killed.
-        draining = draining or "Already running on PID" in verdict.get("reason", "")
-        if not between and not broken and event != "UpgradeCompleted" and not draining:
+        busy = any(each in verdict.get("reason", "") for each in ("draining", "under way", "still there"))
+        if not between and not broken and event != "UpgradeCompleted" and not (event == "UpgradeRefused" and busy):
             raise AssertionError(f"a good release was not taken: {verdict}")
 
     def come_between(self, what: str, mark: int, master: int) -> None:

@@ -385,10 +385,21 @@ def test_one_generation_serves_when_the_middle_one_of_three_is_killed():
         third = server.wait_for("UpgradeStarted", pid=second)["successor"]
         server.signal("KILL", second)
         server.wait_for("UpgradeResumed", pid=first)
+        eventually((server.dir / "gunicorn.pid.2").exists, what="the pidfile of the third")
+        server.signal("USR2", first)
+        refused = server.wait_for("UpgradeRefused", pid=first)
+        assert f"names master {third}, which is still there" in refused["reason"]
         (server.dir / "gate").unlink()
         eventually(lambda: not alive(third), what="the end of the third")
+        assert len([each for each in server.events() if each["event"] == "Stopped" and each["pid"] == third]) == 1
         eventually(lambda: set(server.processes()) == {first, *server.workers(first)}, what="the first, and no other")
         assert server.pid == first
         assert server.get("/fast").status == 200
         assert not [each for each in server.events() if each["event"] == "MasterPromoted" and each["pid"] == third]
         slow.join(60)
+        # What a third that was killed leaves behind keeps nobody from the next upgrade, also when its pid has come again.
+        second = server.dir / "gunicorn.pid.2"
+        second.write_text(f"{os.getpid()}\n")
+        os.utime(second, (1e9, 1e9))
+        assert server.upgrade()["event"] == "UpgradeCompleted"
+        assert not second.exists()
