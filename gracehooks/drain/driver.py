@@ -32,7 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from gracehooks import requests
 from gracehooks.deadline import Deadline
@@ -122,6 +122,7 @@ class Drain:
         self._takes_over = takes_over
         self._lock = allocate_lock()
         self._taken = False
+        #: Whether connections are accepted: from then on the sentinel does not end it at the bound of a boot.
         self._accepts = False
         #: Whether the master is gone.
         self.orphan = False
@@ -225,8 +226,8 @@ class Drain:
         with self._lock:
             self._accepts = True
             parked = self._taken
-        while parked:
-            native("time", "sleep")(3600)
+        if parked:
+            _park()
 
     def look(self) -> bool:
         """Look at the order on the page and at the parent; gives `leaving`. Cheap, for each heartbeat."""
@@ -343,8 +344,7 @@ class Drain:
                         self.deadline = self._deadlines.of(step.phase, Deadline.after(0))
                         self._last_resort.arm(self.deadline.plus(LAST_RESORT.get(step.phase, LAST_RESORT_REQUESTS)))
                 return step.actions
-        while True:
-            native("time", "sleep")(3600)
+        return _park()
 
     def _is_sentinel(self) -> bool:
         return self._sentinel is not None and self._sentinel.is_here()
@@ -438,8 +438,8 @@ class Drain:
             if not late.passed:
                 return late.left()
             with self._lock:
-                self._taken = not self._accepts
-            if self._taken:
+                ended = self._taken = not self._accepts
+            if ended:
                 self._exit(0)  # nothing was accepted, so nothing is lost; the import it waits for may never end
         if now - self._beaten_at >= BEAT:
             self._beaten_at = now
@@ -556,6 +556,12 @@ class Drain:
 
     def _sentinel_failed(self, error: BaseException) -> None:
         self.log.error("gracehooks: the sentinel failed: %r", error)
+
+
+def _park() -> NoReturn:
+    """Wait for the end of the process, which another thread brings about, or else the last resort."""
+    while True:
+        native("time", "sleep")(3600)
 
 
 def _flushes() -> list[Callable[[], object]]:

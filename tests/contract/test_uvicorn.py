@@ -365,3 +365,20 @@ def test_websocket_protocols_close_with_1012_and_say_whether_they_are_open():
         assert "default_headers" in source
     if "websockets" in sys.modules:
         assert found
+
+
+def test_a_call_that_is_dropped_when_no_loop_runs_any_more_ends_in_silence():
+    page = Page(requests=2, jobs=2)
+
+    async def never(scope, receive, send):
+        await asyncio.Event().wait()
+
+    call = Calls(page).counted(never, None)({"type": "http", "method": "GET", "path": "/"}, None, None)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(call)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert page.in_flight == 1
+    call.close()
+    assert page.in_flight == 0
+    task._log_destroy_pending = False

@@ -30,7 +30,7 @@ from gracehooks import requests
 from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.workers.calls import WEBSOCKET, Application, Call
 from gracehooks.gunicorn.workers.departure import State
-from gracehooks.gunicorn.workers.farewell import CLOSING, hold_back, unread, unsent
+from gracehooks.gunicorn.workers.farewell import CLOSING, limit_buffer, unread, unsent
 from gracehooks.gunicorn.workers.loop import Connections, LoopWorker, PlainSignals, ServerLoop, final_line, overhear
 from gracehooks.scoreboard import Page
 
@@ -91,23 +91,28 @@ class Protocol(ASGIProtocol):
     #: The answer that its application was told to end.
     told: _Answer | None = None
     _closed: bool
+    _flow_control: Any
     _response_buffer: bytes | None
 
     def connection_made(self, transport: Any) -> None:
         """One more."""
         self.worker.connections.add(self)
         super().connection_made(transport)
-        hold_back(transport, held=False)
+        self._limit_buffer(paused=False)
 
     def pause_writing(self) -> None:
         """gunicorn's `send` waits then, after each part of an answer: the call does not end before all of it has left."""
         super().pause_writing()
-        hold_back(self.transport, held=True)
+        self._limit_buffer(paused=True)
 
     def resume_writing(self) -> None:
         """All of it has left."""
-        hold_back(self.transport, held=False)
+        self._limit_buffer(paused=False)
         super().resume_writing()
+
+    def _limit_buffer(self, *, paused: bool) -> None:
+        if self._flow_control is not None:  # over HTTP/2 it is a writer's, which sets limits of its own
+            limit_buffer(self.transport, paused=paused)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """One less. What goes on after its answer is no more the client's: gunicorn would cancel it now or in a moment."""
@@ -642,6 +647,11 @@ def _is_reading(protocol: Any) -> bool:
         "complete",
     ):
         return True
+    return _is_buffered(protocol)
+
+
+def _is_buffered(protocol: Any) -> bool:
+    """Whether something has arrived that the loop of the connection has not read."""
     reader = getattr(protocol, "reader", None)
     return bool(getattr(reader, "_buffer", None))
 
@@ -652,8 +662,9 @@ async def _go_away(protocol: Any) -> None:
     connection = protocol._h2_conn
     _send_goaway(connection, 2**31 - 1)
     await asyncio.sleep(GOAWAY_AFTER)
-    # Before 27 one stream is served after the other, and the next ones wait where nobody has counted them.
-    while not TASK_PER_REQUEST and not protocol._closed and (_has_streams(protocol) or _is_reading(protocol)):
+    # Before 27 one stream is served after the other, and what has come of the next ones is not read until then: only when
+    # it is, the last one can be named. The drain's time is the bound.
+    while not TASK_PER_REQUEST and not protocol._closed and _is_buffered(protocol):
         await asyncio.sleep(STREAMS_PACE)
     last = int(getattr(connection.h2_conn, "highest_inbound_stream_id", 0))
     _send_goaway(connection, last)

@@ -86,7 +86,7 @@ class Calls:
                 if attended:
                     await finish(scope, receive, send)
             except BaseException:
-                asyncio.get_running_loop().call_soon(self._end, slot)  # after the server's answer to that
+                self._end_soon(slot)
                 raise
             self._end(slot)
             return result
@@ -132,7 +132,7 @@ class Calls:
                 if attended:
                     await finish(scope, receive, send)
             except BaseException:
-                asyncio.get_running_loop().call_soon(self._end, slot)  # after the server's answer to that
+                self._end_soon(slot)
                 raise
             if answered or slot < 0:
                 self._end(slot)
@@ -143,6 +143,13 @@ class Calls:
 
         self.find(call.__code__, _of_layer)
         return call
+
+    def _end_soon(self, slot: int) -> None:
+        """A call has failed: it ends after the server's answer to that, which comes in this same step of the loop."""
+        try:
+            asyncio.get_running_loop().call_soon(self._end, slot)
+        except RuntimeError:  # the loop is over, and nothing is answered any more
+            self._end(slot)
 
     def _end(self, slot: int) -> None:
         """A call has ended; its slot was perhaps given back before."""

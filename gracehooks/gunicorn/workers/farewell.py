@@ -18,7 +18,7 @@ from typing import Any
 
 from gracehooks.gunicorn.workers import sockets
 
-__all__ = ["Farewell", "PoliteTransport", "hold_back", "unread", "unsent"]
+__all__ = ["Farewell", "PoliteTransport", "limit_buffer", "unread", "unsent"]
 
 #: How long a client may take to close a connection that we have closed after an answer, in seconds.
 CLOSING = 2.0
@@ -42,14 +42,14 @@ def unsent(transport: Any) -> int:
         return 0
 
 
-def hold_back(transport: Any, *, held: bool) -> None:
+def limit_buffer(transport: Any, *, paused: bool) -> None:
     """Have the transport call `pause_writing` where its client reads slowly, and `resume_writing` when all was taken.
 
     To be called when the connection is made, and by those two, with whether writing is paused: what is in the process's own
     memory dies with it, so until then an answer has not been sent.
     """
     try:
-        transport.set_write_buffer_limits(high=0 if held else UNNOTICED)
+        transport.set_write_buffer_limits(high=0 if paused else UNNOTICED)
     except (AttributeError, RuntimeError):
         pass  # it is gone, or closed (uvloop says so)
 

@@ -24,7 +24,7 @@ from typing import Any
 from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.workers.calls import Application, Call
 from gracehooks.gunicorn.workers.departure import State
-from gracehooks.gunicorn.workers.farewell import CLOSING, PoliteTransport, hold_back, unsent
+from gracehooks.gunicorn.workers.farewell import CLOSING, PoliteTransport, limit_buffer, unsent
 from gracehooks.gunicorn.workers.loop import Connections, LoopWorker, PlainSignals, ServerLoop, overhear
 
 try:
@@ -197,16 +197,16 @@ def _known(stock: Any, loop: asyncio.AbstractEventLoop, attended: set[Any]) -> A
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.transport = self.flow.overheard = _Overheard(transport)
-            hold_back(transport, held=False)
+            limit_buffer(transport, paused=False)
 
         def pause_writing(self) -> None:
             super().pause_writing()
             attended.add(self.flow)
-            hold_back(self.transport, held=True)
+            limit_buffer(self.transport, paused=True)
 
         def resume_writing(self) -> None:
             attended.discard(self.flow)
-            hold_back(self.transport, held=False)
+            limit_buffer(self.transport, paused=False)
             super().resume_writing()
 
         def handle_websocket_upgrade(self, *args: Any) -> None:
