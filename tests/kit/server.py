@@ -476,7 +476,7 @@ def serve(
     `{directory}` stand for the file, the application, where to listen, and the server's directory). `cwd` is where it is
     started, below its directory, and may go through a symbolic link; `prepare` makes what must be there before.
     `leftovers` allows processes to outlive a clean stop (they are killed all the same). `tls` makes a certificate, and the
-    server and its clients speak TLS.
+    server and its clients speak TLS. With TEST_KEEP=1 the directory of one that failed stays, its whole log within.
     """
     processes.be_subreaper()
     directory = Path(tempfile.mkdtemp(prefix="gracekit-")).resolve()
@@ -544,6 +544,7 @@ def serve(
         finally:
             if held is not None:
                 held.close()
-            shutil.rmtree(directory, ignore_errors=True)
+            if not (failed and os.environ.get("TEST_KEEP")):
+                shutil.rmtree(directory, ignore_errors=True)
     if left and not failed and not leftovers:
         raise AssertionError(f"a clean stop left processes behind: {left}")
