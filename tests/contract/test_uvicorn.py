@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import re
 import sys
 
 import pytest
@@ -198,7 +199,7 @@ def test_an_answer_ends_a_cycle_and_a_default_header_ends_the_connection(http):
         assert not cycle.disconnected
         assert not cycle.more_body
         assert cycle.transport is transport
-        assert cycle.message_event is not None
+        assert cycle.message_event._value is cycle.message_event.is_set() is True
         await answered(transport)
         assert cycle.response_started
         assert cycle.response_complete
@@ -233,14 +234,15 @@ def test_the_application_gets_bound_methods_of_the_cycle_of_its_module(http):
     with_protocol(http, scenario, application)
 
 
+@pytest.mark.parametrize("listens", [True, False], ids=["listens", "listens-later"])
 @pytest.mark.parametrize("http", PROTOCOLS)
-def test_a_cycle_that_is_told_hears_the_end_and_sends_all_the_same(http, monkeypatch):
+def test_a_cycle_that_is_told_hears_the_end_and_sends_all_the_same(http, listens, monkeypatch):
     monkeypatch.setattr(module_of(http), "RequestResponseCycle", module_of(http).RequestResponseCycle)
     heard = []
 
     async def application(scope, receive, send):
         heard.append(await receive())
-        waiting = asyncio.ensure_future(receive())
+        waiting = asyncio.ensure_future(receive()) if listens else told.wait()
         await asyncio.sleep(0)
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -253,12 +255,14 @@ def test_a_cycle_that_is_told_hears_the_end_and_sends_all_the_same(http, monkeyp
         await answered(transport, b"\r\n\r\n")
         cycle = protocol.cycle
         assert ours._is_event_stream(cycle)
-        assert protocol.transport.write == transport.write
-        cycle.told = True
-        cycle.message_event.set()
+        assert protocol.transport is cycle.transport is transport
+        cycle.tell()
+        told.set()
         await answered(transport, b"bye\r\n0\r\n\r\n")
-        assert [each["type"] for each in heard] == ["http.request", "http.disconnect", "http.disconnect"]
+        ends = [each["type"] for each in heard if each is not True]
+        assert ends == ["http.request", *["http.disconnect"] * (1 + listens)]
 
+    told = asyncio.Event()
     with_protocol(http, scenario, application, ours_too=True)
 
 
@@ -278,8 +282,7 @@ def test_a_body_that_still_comes_is_delivered_before_the_end_is_told(http, monke
 
     async def scenario(protocol, transport, state):
         protocol.data_received(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbody")
-        protocol.cycle.told = True
-        protocol.cycle.message_event.set()
+        protocol.cycle.tell()
         await answered(transport)
         assert heard == [("http.request", b"body"), ("http.disconnect", None)]
 
@@ -290,12 +293,18 @@ def test_a_body_that_still_comes_is_delivered_before_the_end_is_told(http, monke
 def test_the_head_that_is_noted_is_that_of_the_answer_to_this_request(http, monkeypatch):
     monkeypatch.setattr(module_of(http), "RequestResponseCycle", module_of(http).RequestResponseCycle)
 
+    heads = []
+
     async def application(scope, receive, send):
         if scope["path"] == "/reads":
             message = await receive()
             while message["more_body"]:
                 message = await receive()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        heads.append(receive.__self__.head)
+        if scope["path"] == "/late":
+            await receive()
+            heads.append(receive.__self__.head)
         await send({"type": "http.response.body", "body": b"ok"})
 
     async def scenario(protocol, transport, state):
@@ -304,11 +313,13 @@ def test_the_head_that_is_noted_is_that_of_the_answer_to_this_request(http, monk
         await answered(transport, b"100 Continue\r\n\r\n" if http == "httptools" else b"\r\n\r\n")
         protocol.data_received(b"body")
         await answered(transport)
-        assert ours._head(protocol.cycle).startswith(b"HTTP/1.1 200 OK\r\n")
-        transport.written = b""
-        protocol.data_received(head % b"ignores" + b"\r\nbody")
-        await answered(transport)
-        assert ours._head(protocol.cycle) is None
+        assert heads.pop().startswith(b"HTTP/1.1 200 OK\r\n")
+        for path, expected in ((b"ignores", [None]), (b"late", [None, None])):
+            transport.written = b""
+            protocol.data_received(head % path + b"\r\nbody")
+            await answered(transport)
+            assert heads == expected
+            heads.clear()
 
     with_protocol(http, scenario, application, ours_too=True)
 
@@ -338,10 +349,13 @@ def test_a_call_lasts_until_its_answer_has_left_the_process(http):
     with_protocol(http, scenario, ours_too=True)
 
 
-def test_a_websocket_gets_the_transport_itself():
-    for http in PROTOCOLS:
-        stock = next(each for each in vars(module_of(http)).values() if hasattr(each, "handle_websocket_upgrade"))
-        assert "protocol.connection_made(self.transport)" in inspect.getsource(stock.handle_websocket_upgrade)
+@pytest.mark.parametrize("http", PROTOCOLS)
+def test_a_cycle_writes_the_head_of_its_answer_at_once_and_asks_little_else_of_its_transport(http):
+    stock = module_of(http).RequestResponseCycle
+    source = "".join(inspect.getsource(each) for each in stock.__mro__ if "uvicorn" in each.__module__)
+    assert set(re.findall(r"\btransport\.(\w+)", source)) == {
+        name for name in vars(ours._Overheard) if not name.startswith("_") and name not in ours._Overheard.__slots__
+    }
 
 
 def test_websocket_protocols_close_with_1012_and_say_whether_they_are_open():

@@ -8,7 +8,7 @@ keep-alive timers are ours.
 It relies on uvicorn's `Config.load`, `loaded_app`, `http_protocol_class`, `ws_protocol_class`, `Server.startup`,
 `server_state`, `servers`, the protocols' `cycle`, `pipeline`, `transport`, `timeout_keep_alive`, and on
 `RequestResponseCycle` with `receive`, `default_headers`, `response_started`, `response_complete`, `more_body`,
-`message_event` (tests/contract/test_uvicorn.py).
+`message_event`, which is set while there is something to receive (tests/contract/test_uvicorn.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import copy
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from gracehooks.errors import ConfigError
@@ -41,8 +41,6 @@ CLOSE = (b"connection", b"close")
 SERVICE_RESTART = 1012
 #: The drain closes idle connections itself: uvicorn's timer must not, while a request may be on its way.
 NEVER = 1e6
-#: How much of an answer's first bytes is looked at for its content type.
-HEAD = 2048
 DISCONNECT = {"type": "http.disconnect"}
 
 
@@ -196,7 +194,7 @@ def _known(stock: Any, loop: asyncio.AbstractEventLoop, attended: set[Any]) -> A
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.transport = self.flow.overheard = _Overheard(transport)
+            self.flow.overheard = _Overheard(transport)
             limit_buffer(transport, paused=False)
 
         def pause_writing(self) -> None:
@@ -210,14 +208,13 @@ def _known(stock: Any, loop: asyncio.AbstractEventLoop, attended: set[Any]) -> A
             super().resume_writing()
 
         def handle_websocket_upgrade(self, *args: Any) -> None:
-            if isinstance(self.transport, _Overheard):
-                self.transport = self.transport.transport
             self.transport.set_write_buffer_limits()
             super().handle_websocket_upgrade(*args)
 
         def connection_lost(self, exc: Exception | None) -> None:
             attended.discard(self.flow)
             super().connection_lost(exc)
+            self.flow.overheard.cycle = None  # which would refer to itself
             self.idle.close()
 
     Protocol.__name__ = stock.__name__
@@ -271,25 +268,34 @@ class _ConnectionLoop(ServerLoop):
 
 # -- told of the end -------------------------------------------------------------------------------------------------
 class _Overheard:
-    """The transport of a connection, as it is; the next write, which is the head of an answer, can be noted."""
+    """What a cycle takes for its transport until its next write, which is the head of its answer: that is noted.
 
-    __slots__ = ("head", "is_closing", "transport", "write")
+    One for each connection; the protocol itself, and all the cycles that nobody listens to, have the transport as it is.
+    """
+
+    __slots__ = ("cycle", "transport")
 
     def __init__(self, transport: Any) -> None:
         self.transport = transport
-        #: The first bytes of the answer, if they were noted.
-        self.head: bytes | None = None
-        self.write: Callable[[bytes], None] = transport.write
-        self.is_closing: Callable[[], bool] = transport.is_closing
+        self.cycle: Any = None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.transport, name)
+    # What a cycle asks of a transport, by name: on a class with `__getattr__` each look at an attribute is slow.
+    def write(self, data: bytes) -> None:
+        """Note it, and get out of the way."""
+        transport, cycle = self.transport, self.cycle
+        if cycle is not None:  # it is when the connection was lost
+            self.cycle = None
+            cycle.head = data
+            cycle.transport = transport
+        transport.write(data)
 
-    def note(self, data: bytes) -> None:
-        """Write, and note it."""
-        self.write = write = self.transport.write
-        self.head = data[:HEAD]
-        write(data)
+    def is_closing(self) -> bool:
+        """The transport's own."""
+        return bool(self.transport.is_closing())
+
+    def close(self) -> None:
+        """The transport's own."""
+        self.transport.close()
 
 
 def _listen_for_the_end(module: Any) -> None:
@@ -303,53 +309,60 @@ def _listen_for_the_end(module: Any) -> None:
     class RequestResponseCycle(stock):
         """uvicorn's own, which can be told of the drain and goes on sending all the same."""
 
-        #: Whether it was told, and whether the application has had the whole body.
         told = False
-        body_ended = False
+        #: The head of the answer, if it was noted; h11 and httptools write it at once.
+        head: bytes | None = None
         flow: Any
+        message_event: Any
         more_body: bool
         waiting_for_100_continue: bool
 
         def receive(self) -> Any:
-            if self.more_body or self.body_ended or self.waiting_for_100_continue:
+            if self.more_body or self.waiting_for_100_continue or not self.message_event._value:
                 return self._wait()
-            # All of the body is here, and uvicorn's own gives it without waiting: a coroutine round it would be dear.
-            self._all_is_read()
+            # All of the body is here, and uvicorn's own gives it without waiting. This is the request path: a coroutine
+            # round it would be dear, and so would be `is_set()`.
+            self._note_head()
             return receive(self)
 
         async def _wait(self) -> Any:
-            if self.told and self.body_ended:
+            has_all = _has_all(self)
+            if self.told and has_all:
                 return DISCONNECT
             message = await receive(self)
             if message["type"] == "http.request":
-                if self.told and self.body_ended and not message["body"]:
+                if self.told and has_all and not message["body"]:
                     return DISCONNECT
-                if not message["more_body"]:
-                    self._all_is_read()
+                if not (has_all or message["more_body"]):
+                    self._note_head()
             return message
 
-        def _all_is_read(self) -> None:
-            self.body_ended = True
-            overheard = self.flow.overheard
-            overheard.head = None
+        def _note_head(self) -> None:
+            # The application may listen for its client's end from now on, and its answer may be a long one: of what type?
             if not self.response_started:
-                # It may listen for the client's end from now on, and its answer may be a long one: of what type?
-                overheard.write = overheard.note
+                self.transport = overheard = self.flow.overheard
+                overheard.cycle = self
+
+        def tell(self) -> None:
+            """Whoever has had the whole body hears `http.disconnect` when it listens, also if it does already."""
+            self.told = True
+            event = self.message_event
+            if not event.is_set():
+                self.message_event = asyncio.Event()
+                event.set()
 
     module.RequestResponseCycle = RequestResponseCycle
 
 
-def _head(cycle: Any) -> bytes | None:
-    """The first bytes of its answer, if they were noted."""
-    head: bytes | None = cycle.flow.overheard.head if cycle.body_ended else None
-    return head
+def _has_all(cycle: Any) -> bool:
+    """Whether the application has had the whole body; while the request is in flight."""
+    return not (cycle.more_body or cycle.message_event.is_set())
 
 
 def _is_event_stream(cycle: Any) -> bool:
     """Whether the answer is a stream of server-sent events, which may end at any event."""
-    head = _head(cycle)
-    if head:
-        return b"text/event-stream" in head.lower()
+    if cycle.head:
+        return b"text/event-stream" in cycle.head.lower()
     return any(name == b"accept" and b"text/event-stream" in value for name, value in cycle.scope["headers"])
 
 
@@ -406,6 +419,9 @@ class OpenConnections(Connections):
         polite = protocol.transport = PoliteTransport(transport, protocol, self._worker.farewell)
         if not hasattr(protocol, "cycle"):
             return  # a WebSocket
+        overheard = getattr(protocol.flow, "overheard", None)
+        if overheard is not None:
+            overheard.transport = polite
         protocol.timeout_keep_alive = NEVER
         if self._ws_protocol_class is not None:
             protocol.ws_protocol_class = self._make_websocket
@@ -418,7 +434,8 @@ class OpenConnections(Connections):
             return
         waiting = [each for each, _ in getattr(protocol, "pipeline", ())]
         for each in (cycle, *waiting):
-            each.transport = polite
+            if not isinstance(each.transport, _Overheard):
+                each.transport = polite
         # Of several requests that have arrived, the answer to the last one closes the connection.
         last = waiting[0] if waiting else cycle
         if not last.response_started and not _has_next(protocol):
@@ -464,11 +481,10 @@ class OpenConnections(Connections):
             cycle = getattr(each, "cycle", None)
             if cycle is None or cycle.response_complete or cycle.more_body or getattr(cycle, "told", True):
                 continue
-            if cycle.response_started and _head(cycle) and not _is_event_stream(cycle):
+            if cycle.head and not _is_event_stream(cycle):
                 continue  # a download: it may still get to its end
-            cycle.told = True
             self._worker.calls.attended.add(cycle)
-            cycle.message_event.set()
+            cycle.tell()
 
     def settle(self) -> None:
         """The calls whose answer is complete."""
