@@ -356,6 +356,27 @@ def test_the_keep_alive_timer_is_gunicorns_two_methods_and_no_more():
     assert "_keepalive_handle" not in source
 
 
+@newest
+@pytest.mark.parametrize("closes", [False, True], ids=["the connection stays", "the connection ends"])
+def test_the_page_learns_of_an_answers_end_in_its_own_step(closes):
+    """Where gunicorn goes on with the next request; else it waits for the call, and so does the page."""
+    seen = []
+
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+        seen.append(worker_of[0].page.in_flight)
+
+    async def scenario(worker, protocol, transport):
+        worker_of.append(worker)
+        protocol.data_received(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") if closes else GET)
+        await until(lambda: seen and not worker.page.in_flight)
+        assert seen == [int(closes)]
+
+    worker_of = []
+    with_connection(application, scenario)
+
+
 def test_an_idle_connection_is_closed_after_keepalive():
     async def scenario(worker, protocol, transport):
         protocol._keepalive = 0.05

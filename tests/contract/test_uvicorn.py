@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import inspect
 import re
+import socket
 import sys
 
 import pytest
@@ -18,7 +19,7 @@ from uvicorn.server import Server, ServerState
 
 from gracehooks.gunicorn.workers import uvicorn as ours
 from gracehooks.gunicorn.workers.calls import Calls
-from gracehooks.gunicorn.workers.farewell import UNNOTICED
+from gracehooks.gunicorn.workers.farewell import UNNOTICED, UNNOTICED_LATE, limit_buffer, writes_late
 from gracehooks.scoreboard import Page
 
 PROTOCOLS = ["h11"]
@@ -322,6 +323,32 @@ def test_the_head_that_is_noted_is_that_of_the_answer_to_this_request(http, monk
             heads.clear()
 
     with_protocol(http, scenario, application, ours_too=True)
+
+
+def test_what_is_written_leaves_the_process_at_once_or_the_loop_is_known_to_write_late():
+    uvloop = pytest.importorskip("uvloop")
+    for make in (asyncio.new_event_loop, uvloop.new_event_loop):
+        loop = make()
+
+        async def run(loop=loop):
+            ours_, theirs = socket.socketpair()
+            with theirs:
+                for each in (ours_, theirs):
+                    each.setblocking(False)
+                transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours_)
+                limit_buffer(transport, paused=False, unnoticed=UNNOTICED_LATE)
+                transport.write(b"head")
+                transport.write(b"body")
+                assert (transport.get_write_buffer_size() > 0) is writes_late(loop)
+                await asyncio.sleep(0)
+                assert theirs.recv(100) == b"headbody"
+                limit_buffer(transport, paused=False)
+                transport.write(b"more")
+                assert theirs.recv(100) == b"more"
+                transport.close()
+
+        loop.run_until_complete(run())
+        loop.close()
 
 
 @pytest.mark.parametrize("http", PROTOCOLS)

@@ -202,12 +202,50 @@ def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
     begin, now = page.begin, time.monotonic
     clock, call_later = loop.time, loop.call_later
 
+    handle = ASGIProtocol._handle_http_request
+
+    class Completion:
+        """The future by which the loop of a connection learns that an answer is complete; the page learns it at once.
+
+        Between the two is a step of the event loop: another request that blocks it there would have this one reported.
+        """
+
+        __slots__ = ("future", "protocol")
+
+        def __init__(self, protocol: Counting) -> None:
+            self.protocol = protocol
+            self.future: Any = None
+
+        def done(self) -> Any:
+            return self.future.done()
+
+        def set_result(self, keep: bool) -> None:
+            # Where gunicorn does not go on with the next request, it waits for the call (`_serve_http_request`).
+            protocol = self.protocol
+            slot, receiver = protocol.slot, protocol._body_receiver
+            if (
+                keep
+                and slot is not None
+                and slot >= 0
+                and protocol._keepalive
+                and protocol._post_request is None
+                and (receiver is None or (receiver._complete and not receiver.buffered))
+            ):
+                protocol.slot = None
+                memory[slot] = 0
+                append(slot)
+            self.future.set_result(keep)
+
     class Counting(Protocol):
         _reading_paused: bool
+        _body_receiver: Any
+        _post_request: Any
         _keepalive: float
         _keepalive_handle: Any
         #: Since when the connection is idle, in the loop's time; means something while it awaits a request.
         _idle_since = 0.0
+        #: What gunicorn takes for the future of an answer's end, while the connection lasts.
+        _completion: Completion | None = None
         #: What stays the same in the scopes of this connection, once gunicorn's has shown that we know its keys: the client
         #: as gunicorn gives it, and `server`, `client` and `root_path`.
         _known: tuple[Any, Any, Any, Any] | None = None
@@ -250,21 +288,26 @@ def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
             entry[2] = state + 256
             write(memory, slot, state, now())
 
+        def _handle_http_request(self, request: Any, sockname: Any, peername: Any, complete: Any = None) -> Any:
+            if complete is not None:
+                completion = self._completion
+                if completion is None:
+                    completion = self._completion = Completion(self)
+                completion.future, complete = complete, completion
+            return handle(self, request, sockname, peername, complete)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._completion = None  # which refers to this
+
         def _resume_reading(self) -> None:
             # Called after each answer, before the next request; and by the application's `receive` while reading is paused.
             if self._reading_paused:
                 if asyncio.current_task() is self._task:
                     self.end()
                 super()._resume_reading()
-                return
-            slot = self.slot
-            if slot is not None:
-                if slot < 0:
-                    self.end()
-                    return
-                self.slot = None
-                memory[slot] = 0
-                append(slot)
+            elif self.slot is not None:
+                self.end()
 
         def _build_http_scope(self, request: Any, sockname: Any, peername: Any) -> dict[str, Any]:
             # gunicorn's `send` over HTTP/1 is silent when the client has gone, where ASGI 2.4 promises an error. As ASGI

@@ -13,19 +13,33 @@ It relies on asyncio's transports only; uvloop's and those of TLS are used in th
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from gracehooks.gunicorn.workers import sockets
 
-__all__ = ["Farewell", "PoliteTransport", "limit_buffer", "unread", "unsent"]
+__all__ = [
+    "UNNOTICED",
+    "UNNOTICED_LATE",
+    "Farewell",
+    "PoliteTransport",
+    "limit_buffer",
+    "unread",
+    "unsent",
+    "writes_late",
+]
 
 #: How long a client may take to close a connection that we have closed after an answer, in seconds.
 CLOSING = 2.0
 #: The same for one that was idle: nothing that was sent can be taken back any more.
 CLOSING_IDLE = 0.2
-#: How many bytes of an answer that the kernel does not take may go unnoticed; uvloop writes what is less with what follows.
-UNNOTICED = 8192
+#: How many bytes of an answer that the kernel does not take may go unnoticed. uvloop before 0.23 keeps as many until the end
+#: of the turn of the loop, in which another request may block it; with 0 asyncio's TLS would pause after every write.
+UNNOTICED = 1
+#: The same where each call lasts until the next turn.
+UNNOTICED_LATE = 8192
 
 
 def unread(transport: Any) -> int:
@@ -42,14 +56,22 @@ def unsent(transport: Any) -> int:
         return 0
 
 
-def limit_buffer(transport: Any, *, paused: bool) -> None:
+def writes_late(loop: Any) -> bool:
+    """Whether what is written leaves the process at the end of a turn of the loop only, as on uvloop before 0.23."""
+    module = sys.modules.get(type(loop).__module__.partition(".")[0])
+    if getattr(module, "__name__", "") != "uvloop":
+        return False
+    return tuple(int(part) for part in re.findall(r"\d+", str(getattr(module, "__version__", "")))[:2]) < (0, 23)
+
+
+def limit_buffer(transport: Any, *, paused: bool, unnoticed: int = UNNOTICED) -> None:
     """Have the transport call `pause_writing` where its client reads slowly, and `resume_writing` when all was taken.
 
     To be called when the connection is made, and by those two, with whether writing is paused: what is in the process's own
-    memory dies with it, so until then an answer has not been sent.
+    memory dies with it, so until then an answer has not been sent. `unnoticed` is in bytes, from 1.
     """
     try:
-        transport.set_write_buffer_limits(high=0 if paused else UNNOTICED)
+        transport.set_write_buffer_limits(high=0 if paused else unnoticed)
     except (AttributeError, RuntimeError):
         pass  # it is gone, or closed (uvloop says so)
 

@@ -24,7 +24,15 @@ from typing import Any
 from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.workers.calls import Application, Call
 from gracehooks.gunicorn.workers.departure import State
-from gracehooks.gunicorn.workers.farewell import CLOSING, PoliteTransport, limit_buffer, unsent
+from gracehooks.gunicorn.workers.farewell import (
+    CLOSING,
+    UNNOTICED,
+    UNNOTICED_LATE,
+    PoliteTransport,
+    limit_buffer,
+    unsent,
+    writes_late,
+)
 from gracehooks.gunicorn.workers.loop import Connections, LoopWorker, PlainSignals, ServerLoop, overhear
 
 try:
@@ -42,6 +50,8 @@ SERVICE_RESTART = 1012
 #: The drain closes idle connections itself: uvicorn's timer must not, while a request may be on its way.
 NEVER = 1e6
 DISCONNECT = {"type": "http.disconnect"}
+#: Is `attended` on a loop that writes late.
+WRITES_LATE = object()
 
 
 class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
@@ -68,6 +78,8 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
     async def start_application(self) -> tuple[Application, dict[str, Any]]:
         """uvicorn's own lifespan, and our layer round the application."""
         config = self.config
+        if writes_late(self.event_loop):
+            self.calls.attended.add(WRITES_LATE)
         config.app = self.wsgi
         if not config.loaded:
             config.load()
@@ -137,7 +149,10 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
             each.close()
 
     async def _finish(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """A call has ended that was told of the drain, or whose client reads slowly; see that its answer ends as well."""
+        """A call has ended that was told of the drain, or whose client reads slowly; see that its answer ends as well.
+
+        And every call of a loop that writes at the end of its turn: before that, the answer is in this process.
+        """
         cycle: Any = getattr(receive, "__self__", None)
         attended = self.calls.attended
         if cycle in attended:
@@ -146,6 +161,8 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
         flow: Any = getattr(cycle, "flow", None)
         if flow in attended:
             await flow.drain()
+        if WRITES_LATE in attended:
+            await asyncio.sleep(0)
 
     async def _end_well(self, cycle: Any, scope: dict[str, Any], send: Any) -> None:
         if cycle.response_complete or cycle.disconnected:
@@ -186,6 +203,8 @@ def _known(stock: Any, loop: asyncio.AbstractEventLoop, attended: set[Any]) -> A
     While a client reads slowly its `flow` is `attended`: a call has not ended before its answer has left this process.
     """
 
+    unnoticed = UNNOTICED_LATE if WRITES_LATE in attended else UNNOTICED
+
     class Protocol(stock):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -195,7 +214,7 @@ def _known(stock: Any, loop: asyncio.AbstractEventLoop, attended: set[Any]) -> A
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.flow.overheard = _Overheard(transport)
-            limit_buffer(transport, paused=False)
+            limit_buffer(transport, paused=False, unnoticed=unnoticed)
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -204,7 +223,7 @@ def _known(stock: Any, loop: asyncio.AbstractEventLoop, attended: set[Any]) -> A
 
         def resume_writing(self) -> None:
             attended.discard(self.flow)
-            limit_buffer(self.transport, paused=False)
+            limit_buffer(self.transport, paused=False, unnoticed=unnoticed)
             super().resume_writing()
 
         def handle_websocket_upgrade(self, *args: Any) -> None:
