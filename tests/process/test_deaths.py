@@ -219,9 +219,10 @@ async def app(scope, receive, send):
 
 
 @pytest.mark.parametrize("worker", LOOPS)
-def test_what_was_answered_in_the_turn_of_the_loop_in_which_its_worker_dies(worker: str) -> None:
-    """It has left the process; the loop would have had it written at the turn's end."""
-    with serve(TURN, CONFIG, worker=worker, workers=1) as server:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_what_was_answered_in_the_turn_of_the_loop_in_which_its_worker_dies(worker: str, tls: bool) -> None:
+    """It has left the process, where the loop would have had it written at the turn's end; or it is in the report."""
+    with serve(TURN, CONFIG, worker=worker, workers=1, tls=tls) as server:
         (pid,) = server.workers()
         paths = ["/gather", *(f"/{number}" for number in range(10)), "/dies"]
         clients = {path: server.address.connect() for path in paths}
