@@ -74,6 +74,7 @@ class Worker:
         self.max_requests = sys.maxsize
         self.state = {}
         self.connections = set()
+        self.writes_late = False
         self.event_loop = asyncio.get_running_loop()
         self.loop = ServerLoop(self.event_loop)
         self.page = Page()

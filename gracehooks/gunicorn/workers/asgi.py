@@ -30,7 +30,7 @@ from gracehooks import requests
 from gracehooks.errors import ConfigError
 from gracehooks.gunicorn.workers.calls import WEBSOCKET, Application, Call
 from gracehooks.gunicorn.workers.departure import State
-from gracehooks.gunicorn.workers.farewell import CLOSING, limit_buffer, unread, unsent
+from gracehooks.gunicorn.workers.farewell import CLOSING, limit_buffer, unread, unsent, writes_late
 from gracehooks.gunicorn.workers.loop import Connections, LoopWorker, PlainSignals, ServerLoop, final_line, overhear
 from gracehooks.scoreboard import Page
 
@@ -80,6 +80,8 @@ class Protocol(ASGIProtocol):
 
     #: The slot on the page of the request that is being answered.
     slot: int | None = None
+    #: Whether an answer leaves the process at the end of a turn of the loop only; without TLS it is written at once.
+    writes_late = False
     #: Whether a request is being answered; gunicorn 27 knows it better.
     answering = False
     #: How many requests are being answered over HTTP/2.
@@ -99,6 +101,8 @@ class Protocol(ASGIProtocol):
         self.worker.connections.add(self)
         super().connection_made(transport)
         self._limit_buffer(paused=False)
+        if self.worker.writes_late and transport.get_extra_info("sslcontext") is not None:
+            self.writes_late = True
 
     def pause_writing(self) -> None:
         """gunicorn's `send` waits then, after each part of an answer: the call does not end before all of it has left."""
@@ -165,6 +169,8 @@ class Protocol(ASGIProtocol):
         try:
             return await super()._handle_http2_request(request, *args, **kwargs)
         finally:
+            if self.writes_late:
+                await asyncio.sleep(0)
             self.streams -= 1
             requests.unmark(mark)
             if not self.worker.calls.closed:
@@ -179,6 +185,8 @@ class CountingRoundTheCall(Protocol):
         self.answering = True
         try:
             keep = await super()._handle_http_request(request, *args, **kwargs)
+            if self.writes_late:
+                await asyncio.sleep(0)
             # An answer that ended because its application was told to is the last one; gunicorn would wait for more.
             return keep and self.told is None
         finally:
@@ -289,7 +297,7 @@ def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
             write(memory, slot, state, now())
 
         def _handle_http_request(self, request: Any, sockname: Any, peername: Any, complete: Any = None) -> Any:
-            if complete is not None:
+            if complete is not None and not self.writes_late:
                 completion = self._completion
                 if completion is None:
                     completion = self._completion = Completion(self)
@@ -471,6 +479,7 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         super().__init__(*args, **kwargs)
         self.connections: set[Any] = set()
         self.protocol_class: type[Protocol] = Protocol
+        self.writes_late = False
         #: The tasks of calls that are jobs now.
         self._handed_over: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -501,6 +510,7 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
                 self.log.debug("ASGI lifespan not supported by app: %s", error)
             else:
                 self.add_lifespan_shutdown(lifespan.shutdown)
+        self.writes_late = writes_late(self.event_loop)
         in_tasks = TASK_PER_REQUEST and self.cfg.protocol != "uwsgi"
         self.protocol_class = counting(self.page, self.loop) if in_tasks else CountingRoundTheCall
         self.calls.find(ASGIProtocol._handle_http_request.__code__, _of_http1)
