@@ -716,8 +716,8 @@ async def _go_away(protocol: Any) -> None:
     _send_goaway(connection, 2**31 - 1)
     await asyncio.sleep(GOAWAY_AFTER)
     # Before 27 one stream is served after the other, and what has come of the next ones is not read until then: only when
-    # it is, the last one can be named. The drain's time is the bound.
-    while not TASK_PER_REQUEST and not protocol._closed and _is_buffered(protocol):
+    # none is served and nothing is unread, the last one can be named. The drain's time is the bound.
+    while not TASK_PER_REQUEST and not protocol._closed and (_has_streams(protocol) or _is_buffered(protocol)):
         await asyncio.sleep(STREAMS_PACE)
     last = int(getattr(connection.h2_conn, "highest_inbound_stream_id", 0))
     _send_goaway(connection, last)
