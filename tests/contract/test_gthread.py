@@ -6,6 +6,7 @@ import inspect
 import os
 import selectors
 import socket
+import threading
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -136,6 +137,40 @@ def test_gunicorn_23_closes_its_poller_as_soon_as_it_is_told_and_goes_on_with_pa
         assert source.index("self.murder_keepalived()") < source.index("self.poller.close()")
         assert "if keepalive and self.alive:" in inspect.getsource(ThreadWorker.finish_request)
         assert "if not self.alive or not self.cfg.keepalive:" in inspect.getsource(ThreadWorker.handle_request)
+
+
+def test_a_connection_whose_answer_did_not_announce_its_close_is_kept_when_the_worker_is_told_meanwhile(pair):
+    if ours.QUEUED:
+        source = inspect.getsource(ThreadWorker.finish_request)
+        assert "elif result:" in source
+        assert source.index("elif result:") < source.index("keepalived_conns.append(conn)")
+        return
+    made = attached(ThreadWorker)(1, os.getppid(), [], None, 30, Config(), Logger(Config()))
+    made.wsgi, made.tpool, made.poller, made._lock = app, Pool(), selectors.DefaultSelector(), threading.RLock()
+    try:
+        server, client = pair
+        client.settimeout(10)
+        conn = gthread.TConn(made.cfg, server, ("", 1), ("", 2))
+        made.nr_conns = 1
+        conn.init()
+        for last in (False, True):
+            client.sendall(GET)
+            future = Future()
+            future.conn = conn
+            future.set_result(made.handle(conn))
+            assert (b"Connection: close" in client.recv(1000)) is last
+            made.alive = False
+            made.finish_request(future)
+            assert (conn in made._keep) is not last
+            if not last:
+                made.poller.unregister(server)
+                made._keep.clear()
+                server.setblocking(True)
+        assert client.recv(1000) == b""
+        assert made.nr_conns == 0
+    finally:
+        made.poller.close()
+        made.tmp.close()
 
 
 def test_the_pool_is_not_waited_for_and_requests_are_counted():

@@ -1,10 +1,11 @@
 """gunicorn 23's own gthread worker, where it must stay: it goes on with the connections that it has, for a moment.
 
 Told to leave, it would close its poller at once, and with it every connection that waits there for a request or has just
-sent one; later gunicorns go on with them. Nothing else of it changes: answers say `Connection: close` meanwhile.
+sent one; and each connection whose answer, of the moment before, has not said that it would be closed. Later gunicorns go
+on with them. Nothing else of it changes: answers say `Connection: close` meanwhile.
 
-It relies on `alive`, `nr_conns`, `poller`, `accept` and on `run`, whose loop looks at `alive` in its own thread
-(tests/contract/test_gthread.py).
+It relies on `alive`, `nr_conns`, `poller`, `accept`, on `finish_request`, and on `run`, whose loop looks at `alive` in its
+own thread (tests/contract/test_gthread.py).
 """
 
 from __future__ import annotations
@@ -38,12 +39,19 @@ class Patient:
     _loop = 0
     _listens = True
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: The threads whose answers are sent, and which decide what becomes of the connection.
+        self._finishing: set[int] = set()
+        super().__init__(*args, **kwargs)
+
     @property
     def alive(self) -> bool:
-        """For the loop, whether it goes on; for the threads, whether the worker still serves."""
+        """For the loop and for what was answered, whether it goes on; else whether the worker still serves."""
         if self._alive:
             return True
-        return threading.get_ident() == self._loop and self.nr_conns > 0 and time.monotonic() < self._until
+        thread = threading.get_ident()
+        goes_on = thread == self._loop or thread in self._finishing
+        return goes_on and self.nr_conns > 0 and time.monotonic() < self._until
 
     @alive.setter
     def alive(self, alive: bool) -> None:
@@ -55,6 +63,15 @@ class Patient:
         """gunicorn's own loop."""
         self._loop = threading.get_ident()
         super().run()  # type: ignore[misc]
+
+    def finish_request(self, future: Any) -> None:
+        """gunicorn's own; a client that was not told of the close may be sending its next request (RFC 9112 section 9.6)."""
+        thread = threading.get_ident()
+        self._finishing.add(thread)
+        try:
+            super().finish_request(future)  # type: ignore[misc]
+        finally:
+            self._finishing.discard(thread)
 
     def notify(self) -> None:
         """The heartbeat; at the first one of the end, no connection is taken any more but those that are ours alone."""
