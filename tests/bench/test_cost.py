@@ -23,7 +23,7 @@ import gunicorn
 import pytest
 
 from gracehooks.scoreboard import Page
-from tests.kit import Server, needs, serve
+from tests.kit import Server, apps, needs, serve
 
 pytestmark = pytest.mark.bench
 
@@ -77,19 +77,8 @@ def spread(values: list[float]) -> str:
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-#: Reads the body of its request, empty as it is, as frameworks do.
-READS = """
-async def app(scope, receive, send):
-    while scope["type"] == "lifespan":
-        message = await receive()
-        await send({"type": message["type"] + ".complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
-    while (await receive())["more_body"]:
-        pass
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
-"""
+#: Reads the body of its request, empty as it is.
+READS = apps.reading()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,6 @@ class Worker:
         self.max_requests = sys.maxsize
         self.state = {}
         self.connections = set()
-        self.writes_late = False
         self.event_loop = asyncio.get_running_loop()
         self.loop = ServerLoop(self.event_loop)
         self.page = Page()
@@ -82,7 +81,7 @@ class Worker:
         self.calls.find(ASGIProtocol._handle_http_request.__code__, ours._of_http1)
         self.asgi = application
         if ours.TASK_PER_REQUEST:
-            self.protocol_class = ours.counting(self.page, self.loop)
+            self.protocol_class = ours.counting(self.page, self.loop, self.calls)
         else:
             self.protocol_class = ours.CountingRoundTheCall
 

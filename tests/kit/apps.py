@@ -3,10 +3,13 @@
 The WSGI and the ASGI one answer the same paths: `/` and `/fast`; `/sleep?s=0.5` or `/sleep?max=1` (at random);
 `/stream?n=10&s=0.02` (n parts, s seconds apart); `/upload` (the number of bytes read); `/pid`; `/version` (the text that
 `version.txt` held when the application was imported); `/status?code=500`; `/job?s=1&kind=thread|process|task` (work that
-outlives the request and then leaves the file `job-<n>.done`); `/exit?code=1` (the worker ends at once).
+outlives the request and then leaves the file `job-<n>.done`); `/exit?code=1` (the worker ends at once). `reading` makes an
+ASGI one of few lines.
 """
 
-__all__ = ["ASGI", "WSGI"]
+import textwrap
+
+__all__ = ["ASGI", "WSGI", "reading"]
 
 _COMMON = """
 import itertools
@@ -158,3 +161,25 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 """
 )
+
+
+def reading(between: str = "") -> str:
+    """An ASGI application that reads the body of its request, as frameworks do, and answers "ok" after the lines `between`."""
+    return _READING.replace("    # between\n", textwrap.indent(textwrap.dedent(between).lstrip("\n"), "    "))
+
+
+_READING = """
+import asyncio, os, signal, time
+
+async def app(scope, receive, send):
+    while scope["type"] == "lifespan":
+        message = await receive()
+        await send({"type": message["type"] + ".complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+    while (await receive())["more_body"]:
+        pass
+    # between
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 import gunicorn
 import pytest
 
-from tests.kit import Server, eventually, serve
+from tests.kit import Server, apps, eventually, serve
 from tests.kit.cgroups import little_memory
 from tests.kit.classes import CLASSES, LOOPS
 from tests.kit.clients import ask
@@ -198,23 +198,11 @@ def test_an_answer_that_the_kernel_has_not_taken_is_in_flight(worker: str, reads
 
 
 TURN = """
-import asyncio, os, signal, time
-
-async def app(scope, receive, send):
-    while scope["type"] == "lifespan":
-        message = await receive()
-        await send({"type": message["type"] + ".complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
-    while (await receive())["more_body"]:
-        pass
-    open("begun.txt", "a").write(f"{scope['path']} {asyncio.get_running_loop().__module__}\\n")
-    if scope["path"] == "/gather":
-        time.sleep(1)  # meanwhile the others arrive
-    if scope["path"] == "/dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
+open("begun.txt", "a").write(f"{scope['path']} {asyncio.get_running_loop().__module__}\\n")
+while scope["path"] == "/gather" and not os.path.exists("all-sent"):
+    time.sleep(0.01)
+if scope["path"] == "/dies":
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -222,7 +210,7 @@ async def app(scope, receive, send):
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_what_was_answered_in_the_turn_of_the_loop_in_which_its_worker_dies(worker: str, tls: bool) -> None:
     """It has left the process, where the loop would have had it written at the turn's end; or it is in the report."""
-    with serve(TURN, CONFIG, worker=worker, workers=1, tls=tls) as server:
+    with serve(apps.reading(TURN), CONFIG, worker=worker, workers=1, tls=tls) as server:
         (pid,) = server.workers()
         paths = ["/gather", *(f"/{number}" for number in range(10)), "/dies"]
         clients = {path: server.address.connect() for path in paths}
@@ -231,6 +219,7 @@ def test_what_was_answered_in_the_turn_of_the_loop_in_which_its_worker_dies(work
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
             if path == "/gather":
                 eventually(lambda: "/gather" in (server.dir / "begun.txt").read_text(), what="its beginning")
+        (server.dir / "all-sent").touch()
         lost = {each["path"] for each in server.wait_for("WorkerEnded", worker=pid)["lost"]["requests"]}
         unanswered = set()
         for path, client in clients.items():

@@ -28,7 +28,7 @@ import gunicorn
 
 from gracehooks import requests
 from gracehooks.errors import ConfigError
-from gracehooks.gunicorn.workers.calls import WEBSOCKET, Application, Call
+from gracehooks.gunicorn.workers.calls import WEBSOCKET, Application, Call, Calls
 from gracehooks.gunicorn.workers.departure import State
 from gracehooks.gunicorn.workers.farewell import CLOSING, limit_buffer, unread, unsent, writes_late
 from gracehooks.gunicorn.workers.loop import Connections, LoopWorker, PlainSignals, ServerLoop, final_line, overhear
@@ -80,8 +80,6 @@ class Protocol(ASGIProtocol):
 
     #: The slot on the page of the request that is being answered.
     slot: int | None = None
-    #: Whether an answer leaves the process at the end of a turn of the loop only; without TLS it is written at once.
-    writes_late = False
     #: Whether a request is being answered; gunicorn 27 knows it better.
     answering = False
     #: How many requests are being answered over HTTP/2.
@@ -101,8 +99,6 @@ class Protocol(ASGIProtocol):
         self.worker.connections.add(self)
         super().connection_made(transport)
         self._limit_buffer(paused=False)
-        if self.worker.writes_late and transport.get_extra_info("sslcontext") is not None:
-            self.writes_late = True
 
     def pause_writing(self) -> None:
         """gunicorn's `send` waits then, after each part of an answer: the call does not end before all of it has left."""
@@ -136,7 +132,7 @@ class Protocol(ASGIProtocol):
         slot = self.slot
         if slot is not None and not self.worker.calls.closed:
             self.slot = None
-            self.worker.page.end(slot)
+            self.worker.calls.end(slot)
 
     def _close_transport(self) -> None:
         self.end()
@@ -169,12 +165,10 @@ class Protocol(ASGIProtocol):
         try:
             return await super()._handle_http2_request(request, *args, **kwargs)
         finally:
-            if self.writes_late:
-                await asyncio.sleep(0)
             self.streams -= 1
             requests.unmark(mark)
             if not self.worker.calls.closed:
-                self.worker.page.end(slot)
+                self.worker.calls.end(slot)
 
 
 class CountingRoundTheCall(Protocol):
@@ -185,8 +179,6 @@ class CountingRoundTheCall(Protocol):
         self.answering = True
         try:
             keep = await super()._handle_http_request(request, *args, **kwargs)
-            if self.writes_late:
-                await asyncio.sleep(0)
             # An answer that ended because its application was told to is the last one; gunicorn would wait for more.
             return keep and self.told is None
         finally:
@@ -200,7 +192,7 @@ class CountingRoundTheCall(Protocol):
         return scope
 
 
-def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
+def counting(page: Page, loop: ServerLoop, calls: Calls) -> type[Protocol]:
     """The protocol that counts HTTP/1 requests on `page` (gunicorn 27); `Leaving` then counts as well.
 
     Methods that the loop of a connection calls anyway are written anew, with what they did and a store each: a further
@@ -297,7 +289,7 @@ def counting(page: Page, loop: ServerLoop) -> type[Protocol]:
             write(memory, slot, state, now())
 
         def _handle_http_request(self, request: Any, sockname: Any, peername: Any, complete: Any = None) -> Any:
-            if complete is not None and not self.writes_late:
+            if complete is not None and not calls.late:
                 completion = self._completion
                 if completion is None:
                     completion = self._completion = Completion(self)
@@ -479,7 +471,6 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
         super().__init__(*args, **kwargs)
         self.connections: set[Any] = set()
         self.protocol_class: type[Protocol] = Protocol
-        self.writes_late = False
         #: The tasks of calls that are jobs now.
         self._handed_over: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -510,9 +501,10 @@ class ASGIWorker(LoopWorker, PlainSignals, gasgi.ASGIWorker):
                 self.log.debug("ASGI lifespan not supported by app: %s", error)
             else:
                 self.add_lifespan_shutdown(lifespan.shutdown)
-        self.writes_late = writes_late(self.event_loop)
+        # Without TLS all of an answer is written at once, since it is one write (see `farewell.UNNOTICED`).
+        self.calls.late = self.cfg.is_ssl and writes_late(self.event_loop)
         in_tasks = TASK_PER_REQUEST and self.cfg.protocol != "uwsgi"
-        self.protocol_class = counting(self.page, self.loop) if in_tasks else CountingRoundTheCall
+        self.protocol_class = counting(self.page, self.loop, self.calls) if in_tasks else CountingRoundTheCall
         self.calls.find(ASGIProtocol._handle_http_request.__code__, _of_http1)
         self.calls.find(Protocol._handle_http2_request.__code__, _of_http2)
         self.calls.find(Protocol._handle_websocket.__code__, _of_websocket)

@@ -58,6 +58,9 @@ class Calls:
         self._finders: dict[CodeType, Finder] = {}
         #: Whether slots are no more given back.
         self.closed = False
+        #: Whether an answer leaves the process at the end of a turn of the loop only: a call lasts until the next one then.
+        #: To be set before the application is counted.
+        self.late = False
         #: Slots that were given back already: the answer was sent, and the rest of the call counts as a job.
         self.answered: set[int] = set()
         #: While there is something in it, the end of each call is looked at: what calls receive from that were told
@@ -72,6 +75,7 @@ class Calls:
     def counted(self, app: Application, finish: Finish) -> Application:
         """`app`, counted on the page."""
         begin, attended = self._page.begin, self.attended
+        end = self.end
 
         async def call(scope: Scope, receive: Any, send: Any) -> Any:
             kind = scope["type"]
@@ -88,7 +92,7 @@ class Calls:
             except BaseException:
                 self._end_soon(slot)
                 raise
-            self._end(slot)
+            end(slot)
             return result
 
         self.find(call.__code__, _of_layer)
@@ -101,6 +105,7 @@ class Calls:
         """
         pop, append, entries, name, write, memory = self._page.parts()
         begin, answered, attended, now = self._page.begin, self.answered, self.attended, time.monotonic
+        late = self.late
         app = middleware.app
 
         async def call(scope: Scope, receive: Any, send: Any) -> Any:
@@ -134,8 +139,8 @@ class Calls:
             except BaseException:
                 self._end_soon(slot)
                 raise
-            if answered or slot < 0:
-                self._end(slot)
+            if late or answered or slot < 0:
+                self.end(slot)
             else:
                 memory[slot] = 0
                 append(slot)
@@ -144,8 +149,15 @@ class Calls:
         self.find(call.__code__, _of_layer)
         return call
 
+    def end(self, slot: int) -> None:
+        """A call has ended, and its answer was written."""
+        if self.late:
+            self._end_soon(slot)
+        else:
+            self._end(slot)
+
     def _end_soon(self, slot: int) -> None:
-        """A call has failed: it ends after the server's answer to that, which comes in this same step of the loop."""
+        """It ends in the next turn: the server answers a failure after this, in the same step of the loop."""
         try:
             asyncio.get_running_loop().call_soon(self._end, slot)
         except RuntimeError:  # the loop is over, and nothing is answered any more

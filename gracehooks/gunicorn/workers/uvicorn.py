@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gracehooks.errors import ConfigError
-from gracehooks.gunicorn.workers.calls import Application, Call
+from gracehooks.gunicorn.workers.calls import Application, Call, Calls
 from gracehooks.gunicorn.workers.departure import State
 from gracehooks.gunicorn.workers.farewell import (
     CLOSING,
@@ -50,8 +50,6 @@ SERVICE_RESTART = 1012
 #: The drain closes idle connections itself: uvicorn's timer must not, while a request may be on its way.
 NEVER = 1e6
 DISCONNECT = {"type": "http.disconnect"}
-#: Is `attended` on a loop that writes late.
-WRITES_LATE = object()
 
 
 class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
@@ -78,8 +76,7 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
     async def start_application(self) -> tuple[Application, dict[str, Any]]:
         """uvicorn's own lifespan, and our layer round the application."""
         config = self.config
-        if writes_late(self.event_loop):
-            self.calls.attended.add(WRITES_LATE)
+        self.calls.late = writes_late(self.event_loop)
         config.app = self.wsgi
         if not config.loaded:
             config.load()
@@ -149,10 +146,7 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
             each.close()
 
     async def _finish(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """A call has ended that was told of the drain, or whose client reads slowly; see that its answer ends as well.
-
-        And every call of a loop that writes at the end of its turn: before that, the answer is in this process.
-        """
+        """A call has ended that was told of the drain, or whose client reads slowly; see that its answer ends as well."""
         cycle: Any = getattr(receive, "__self__", None)
         attended = self.calls.attended
         if cycle in attended:
@@ -161,8 +155,6 @@ class UvicornWorker(LoopWorker, PlainSignals, uvicorn_worker.UvicornWorker):
         flow: Any = getattr(cycle, "flow", None)
         if flow in attended:
             await flow.drain()
-        if WRITES_LATE in attended:
-            await asyncio.sleep(0)
 
     async def _end_well(self, cycle: Any, scope: dict[str, Any], send: Any) -> None:
         if cycle.response_complete or cycle.disconnected:
@@ -186,7 +178,7 @@ def _noted(stock: Any, worker: UvicornWorker) -> Any:
     born = worker.born
     if stock.__module__.endswith((".h11_impl", ".httptools_impl")):
         _listen_for_the_end(sys.modules[stock.__module__])
-        stock = _known(stock, worker.event_loop, worker.calls.attended)
+        stock = _known(stock, worker.event_loop, worker.calls)
 
     class Protocol(stock):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -197,13 +189,12 @@ def _noted(stock: Any, worker: UvicornWorker) -> Any:
     return Protocol
 
 
-def _known(stock: Any, loop: asyncio.AbstractEventLoop, attended: set[Any]) -> Any:
+def _known(stock: Any, loop: asyncio.AbstractEventLoop, calls: Calls) -> Any:
     """uvicorn's protocol class, whose tasks and timers cost less, and whose answers can be overheard.
 
     While a client reads slowly its `flow` is `attended`: a call has not ended before its answer has left this process.
     """
-
-    unnoticed = UNNOTICED_LATE if WRITES_LATE in attended else UNNOTICED
+    attended, unnoticed = calls.attended, UNNOTICED_LATE if calls.late else UNNOTICED
 
     class Protocol(stock):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
