@@ -410,6 +410,22 @@ def test_http2_connections_are_drained_by_what_ours_sets():
         for part in ("self.draining", "self.peer_last_stream_id", "def _write_pending_nowait"):
             assert part in source
         assert "h2_conn.draining" in inspect.getsource(ASGIProtocol._handle_http2_connection)
+    else:  # where it stands is seen by asyncio's reader
+        assert "self.reader.read(self.READ_BUFFER_SIZE)" in source
+
+
+def test_a_stream_reader_shows_whether_somebody_waits_for_more():
+    async def run():
+        reader = asyncio.StreamReader()
+        assert reader._waiter is None
+        read = asyncio.ensure_future(reader.read(10))
+        await asyncio.sleep(0)
+        assert reader._waiter is not None
+        reader.feed_data(b"more")
+        assert reader._waiter is None
+        assert await read == b"more"
+
+    asyncio.run(run())
 
 
 def test_an_answer_that_the_transport_has_not_taken_is_waited_for():

@@ -692,11 +692,6 @@ def _is_reading(protocol: Any) -> bool:
         "complete",
     ):
         return True
-    return _is_buffered(protocol)
-
-
-def _is_buffered(protocol: Any) -> bool:
-    """Whether something has arrived that the loop of the connection has not read."""
     reader = getattr(protocol, "reader", None)
     return bool(getattr(reader, "_buffer", None))
 
@@ -708,8 +703,9 @@ async def _go_away(protocol: Any) -> None:
     _send_goaway(connection, 2**31 - 1)
     await asyncio.sleep(GOAWAY_AFTER)
     # Before 27 one stream is served after the other, and what has come of the next ones is not read until then: only when
-    # none is served and nothing is unread, the last one can be named. The drain's time is the bound.
-    while not TASK_PER_REQUEST and not protocol._closed and (_has_streams(protocol) or _is_buffered(protocol)):
+    # the connection waits for more, the last one can be named. (What it has just read is in no buffer, and no stream yet.)
+    # The drain's time is the bound.
+    while not TASK_PER_REQUEST and not protocol._closed and protocol.reader._waiter is None:
         await asyncio.sleep(STREAMS_PACE)
     last = int(getattr(connection.h2_conn, "highest_inbound_stream_id", 0))
     _send_goaway(connection, last)
