@@ -1,4 +1,4 @@
-"""What gracehooks costs a server in instructions a request: counted by valgrind, so the same on a machine that is busy.
+"""What gracehooks costs a server in instructions a request: counted by valgrind, so nearly the same on a busy machine.
 
 They are those of user mode: what the kernel does for a request, a third of its time, is not in them. Two runs of each class,
 of few requests and of many, and the difference by the difference: what the start and the end take falls out.
