@@ -56,21 +56,24 @@ class CohortHost:
         """Start the child that reads the configuration; its pid."""
         del id
         read_end, write_end = os.pipe()
+        parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._read_in_child(write_end)
+            self._read_in_child(write_end, parent)
         os.close(write_end)
         os.set_blocking(read_end, False)
         self._probe, self._pipe = pid, read_end
         return pid
 
-    def _read_in_child(self, pipe: int) -> None:
+    def _read_in_child(self, pipe: int, parent: int) -> None:
         code = 1
         try:
             for each in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD):
                 signal.signal(each, signal.SIG_DFL)
             os.dup2(pipe, 2)
             processes.signal_at_parents_end(signal.SIGKILL)  # a file that hangs must not outlive a killed master
+            if os.getppid() != parent:
+                return  # it was killed before that
             settings.forget()
             self._arbiter.app.reload()
             settings.resolve()

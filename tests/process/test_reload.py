@@ -175,14 +175,38 @@ def test_a_worker_that_dies_during_a_reload_is_replaced_by_one_of_the_old():
         assert server.get("/fast").status == 200
 
 
-def test_a_configuration_that_hangs_does_not_outlive_a_master_that_is_killed():
-    with serve() as server:
+@pytest.mark.parametrize("begun", [True, False], ids=["while it hangs", "before it has begun"])
+def test_a_configuration_that_hangs_does_not_outlive_a_master_that_is_killed(begun: bool):
+    """The kernel tells a child of its parent's end only once it has asked for that; the end may come before."""
+    slow = """
+import os, time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def hold():
+    while (HERE / "hold").exists() and not (HERE / "go").exists():
+        time.sleep(0.01)
+
+
+os.register_at_fork(after_in_child=hold)
+"""
+    with serve(config=slow) as server:
         conf = server.dir / "gunicorn.conf.py"
-        conf.write_text(conf.read_text() + "\nimport time\ntime.sleep(3600)\n")
+        conf.write_text(conf.read_text() + "\n(HERE / 'hangs').touch()\ntime.sleep(3600)\n")
+        if not begun:
+            (server.dir / "hold").touch()
         server.signal("HUP")
         probe = server.wait_for("UpgradeStarted")["successor"]
+        if begun:
+            eventually((server.dir / "hangs").exists, what="the configuration's hang")
+        master = server.pid
         server.signal("KILL")
+        server.wait_gone(master)
+        (server.dir / "go").touch()
         server.wait_gone(probe)
+        assert (server.dir / "hangs").exists() is begun
 
 
 @pytest.mark.parametrize("worker", CLASSES if os.environ.get("TEST_FULL") == "1" else LOOPS[:1])
