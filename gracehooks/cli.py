@@ -181,8 +181,9 @@ class Watch:
 
     def look(self) -> tuple[str, dict[str, Any]]:
         """("completed" | "rolled_back" | "refused" | "", the facts so far)."""
-        now = self.instance.status()
+        # The history first: who is refused beside ours is in it only when ours is in the status.
         records = [each for each in self.instance.history(self.since) if str(each.get("id")) not in self.known]
+        now = self.instance.status()
         current: dict[str, Any] = now.get("upgrade") or {}
         mine: dict[str, Any] = {} if str(current.get("id", "")) in self.known else current
         for record in records:
