@@ -23,15 +23,16 @@ class Fake:
     def __init__(self, directory):
         self.directory = directory
         directory.mkdir(mode=0o700)
+        # Not with handlers: a signal that comes just before a sleep begins is handled after the sleep.
         code = (
-            "import signal, sys, time\n"
-            "def leave(*_):\n"
-            "    try: open('history.jsonl', 'a').write(open('at-the-end.jsonl').read())\n"
-            "    finally: sys.exit()\n"
-            "signal.signal(signal.SIGTERM, leave)\n"
-            "signal.signal(signal.SIGUSR2, lambda *_: print('usr2', flush=True))\n"
+            "import signal, sys\n"
+            "wanted = {signal.SIGTERM, signal.SIGUSR2}\n"
+            "signal.pthread_sigmask(signal.SIG_BLOCK, wanted)\n"
             "print('up', flush=True)\n"
-            "time.sleep(300)"
+            "while (got := signal.sigtimedwait(wanted, 300)) and got.si_signo == signal.SIGUSR2:\n"
+            "    print('usr2', flush=True)\n"
+            "try: open('history.jsonl', 'a').write(open('at-the-end.jsonl').read())\n"
+            "finally: sys.exit()\n"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-c", code],

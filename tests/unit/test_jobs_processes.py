@@ -77,7 +77,10 @@ def test_a_child_that_nobody_waits_for_leaves_no_zombie(found: Tracker) -> None:
 
 
 def test_popen_has_a_group_of_its_own_and_gets_its_stop_signal(found: Tracker, pidfd: str) -> None:
-    code = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); print(1, flush=True); time.sleep(60)"
+    code = (
+        "import signal; wanted = {signal.SIGUSR1}; signal.pthread_sigmask(signal.SIG_BLOCK, wanted); "
+        "print(1, flush=True); signal.sigtimedwait(wanted, 60)"
+    )
     told = jobs.popen(python(code), stop_signal=signal.SIGUSR1, stdout=subprocess.PIPE)
     shell = jobs.popen(["sh", "-c", "sleep 3600; true"])
     assert os.getpgid(told.pid) == told.pid
