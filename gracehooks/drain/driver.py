@@ -93,7 +93,8 @@ class Drain:
     """The end of one worker process; `parent` is its master's pid.
 
     `takes_over` says that the sentinel may run jobs' ends and callbacks itself when the worker's thread is stuck; False
-    where an event loop owns them. `descriptor` is where the last resort prints its stacks.
+    where an event loop owns them. `stacks` is where the last resort prints, for the master; without it, and when the master
+    is gone, it prints to `descriptor`.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Drain:
         *,
         parent: int,
         takes_over: bool = True,
+        stacks: int | None = None,
         descriptor: int = 2,
     ) -> None:
         self.page = page
@@ -135,7 +137,8 @@ class Drain:
         #: The slots of requests whose application has failed and which the server has not answered, by what runs them.
         self.failed: dict[object, int] = {}
         self._mark = requests._current.set
-        self._said: set[int] = set()
+        #: The requests that a report has named, and where each of them stood then.
+        self._said: dict[int, str] = {}
         self._said_jobs: set[int] = set()
         self._abandoned: list[dict[str, Any]] = []
         self._callbacks_left: list[str] = []
@@ -146,7 +149,8 @@ class Drain:
         #: What runs the phases: the main thread, or the greenlet or task in it that does.
         self.runner: object = self._main
         self._beaten_at = 0.0
-        self._last_resort = LastResort(descriptor)
+        self._descriptor = descriptor
+        self._last_resort = LastResort(descriptor if stacks is None else stacks)
         self._sentinel: Sentinel | None = None
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -233,6 +237,7 @@ class Drain:
         """Look at the order on the page and at the parent; gives `leaving`. Cheap, for each heartbeat."""
         if os.getppid() != self.parent and not self.orphan:
             self.orphan = True
+            self._last_resort.print_to(self._descriptor)
             self.told("the master is gone")
         elif not self.leaving:
             order = self.page.order
@@ -375,7 +380,7 @@ class Drain:
             "requests": [each for number, each in requests_lost.items() if number not in self._said],
             "jobs": [each for each in jobs_lost if each["id"] not in self._said_jobs],
         }
-        self._said.update(requests_lost)
+        self._said.update({number: each.get("where", "") for number, each in requests_lost.items()})
         self._said_jobs.update(each["id"] for each in jobs_lost)
         if fresh["requests"] or fresh["jobs"]:
             self.exit_code = 1
@@ -393,6 +398,8 @@ class Drain:
             number: report.facts(request, handle, frames, self._main)
             for number, (request, handle) in self.running().items()
         }
+        for number, each in found.items():  # where it stood when its time was over, not what came of its end
+            each["where"] = self._said.get(number) or each["where"]
         # Requests that nobody has read, and those for which the page had no room, have no name; they are losses all the
         # same.
         nameless = max(0, self.in_flight - len(found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from types import FrameType
@@ -15,7 +16,7 @@ from typing import Any
 
 from gracehooks.scoreboard import RequestInFlight
 
-__all__ = ["as_json", "facts", "in_words", "where", "where_is_thread"]
+__all__ = ["as_json", "facts", "in_words", "of_faulthandler", "where", "where_is_thread"]
 
 #: The innermost frames that a report shows of one stack.
 FRAMES = 12
@@ -33,6 +34,7 @@ _SERVERS = tuple(
         "/site-packages/uvicorn",
         "/site-packages/gevent/",
         "/gracehooks/gunicorn/",
+        "/gracehooks/jobs/",
         "/bin/gunicorn",
         "<frozen runpy>",
         "gevent/_",
@@ -40,6 +42,8 @@ _SERVERS = tuple(
 )
 #: What looks at a stack from its top, where a signal handler writes the report of the very thread that it interrupted.
 _ONLOOKERS = tuple(part.replace("/", os.sep) for part in ("/gracehooks/drain/", "/gracehooks/gunicorn/"))
+#: A frame as `faulthandler` writes it.
+_FRAME = re.compile(r'(?m)^  File "(.*)", line (\d+) in (.*)$')
 _LIBRARY = os.sep + "site-packages" + os.sep
 
 
@@ -111,14 +115,39 @@ def _of_task(task: Any) -> str:
 
 
 def _lines(found: list[tuple[str, int, str]]) -> str:
+    return _in_lines(_of_application(found) or found)
+
+
+def _of_application(found: list[tuple[str, int, str]]) -> list[tuple[str, int, str]]:
     # How the thread came to the application is the same for every request, and tells nobody anything.
     frames = list(found)
     while frames and any(part in frames[-1][0] for part in _SERVERS):
         frames.pop()
     while frames and any(part in frames[0][0] for part in _ONLOOKERS):
         frames.pop(0)
-    frames = (frames or found)[:FRAMES]
-    return "\n".join(f"{_short(file)}:{line} in {name}" for file, line, name in frames)[:LONGEST]
+    return frames
+
+
+def _in_lines(frames: list[tuple[str, int, str]]) -> str:
+    return "\n".join(f"{_short(file)}:{line} in {name}" for file, line, name in frames[:FRAMES])[:LONGEST]
+
+
+def of_faulthandler(text: str) -> str:
+    """What `faulthandler` wrote of all threads, in our words; without those that stand in a server's code, or in ours.
+
+    First comes the thread that got the signal, which is the one that crashed, if one did. faulthandler writes `Thread 0x…
+    (most recent call first):` or `Current thread …`, and `  File "…", line N in name` for each frame. What cannot be read
+    comes back as it is.
+    """
+    found = []
+    for block in re.split(r"(?m)^(?=Thread |Current thread )", text):
+        frames = _of_application([(file, int(line), name) for file, line, name in _FRAME.findall(block)])
+        if frames:
+            words = block.removeprefix("Current ").split()
+            current = block.startswith("Current")
+            title = f"Thread {words[1]}{' (it got the signal)' if current else ''}, at:\n    "
+            found.append((not current, title + _in_lines(frames).replace("\n", "\n    ")))
+    return "\n".join(each for _, each in sorted(found, key=lambda each: each[0])) or text
 
 
 def _short(file: str) -> str:

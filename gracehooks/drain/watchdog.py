@@ -4,7 +4,8 @@ The *sentinel* is a thread of its own that looks at the clock: when the thread t
 so, because it is stuck itself, the sentinel reports and ends the process in its place. It needs the GIL, and nothing else.
 The *last resort* needs not even that: `faulthandler`'s timer is a C thread that prints every stack and calls `_exit(1)`,
 also while a C call holds the GIL for ever (a `threading.Timer` would wait for it). There is one such timer a process; from
-the moment a worker is told to leave it is ours. Knows no server and no settings.
+the moment a worker is told to leave it is ours. It writes a stack in many small pieces, so each worker has a file of its own
+for that (`Stacks`), and who reads it logs it whole. Knows no server and no settings.
 
 The sentinel is a native thread under gevent too, and so uses nothing that gevent may have replaced.
 """
@@ -13,16 +14,18 @@ from __future__ import annotations
 
 import _thread
 import faulthandler
+import io
 import os
 import select
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from gracehooks.deadline import Deadline
 
-__all__ = ["STACKS", "LastResort", "Sentinel", "native"]
+__all__ = ["STACKS", "LastResort", "Sentinel", "Stacks", "native"]
 
 #: The signal at which a worker prints every stack, also while a C call holds the GIL: for the master, before it kills one
 #: that never learned that it should leave. A real-time signal, which nobody sends by chance; 0 where there are none.
@@ -41,26 +44,84 @@ def native(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module) or __import__(module), name)
 
 
+class Stacks:
+    """A file without a name, made before the fork: `faulthandler` writes in the worker, the master reads after its end."""
+
+    #: The most that is read, in bytes: faulthandler writes up to 100 frames of each of up to 100 threads.
+    ROOM = 64 * 1024
+
+    def __init__(self) -> None:
+        try:
+            if hasattr(os, "memfd_create"):
+                descriptor = os.memfd_create("gracehooks-stacks")
+            else:
+                with tempfile.TemporaryFile(buffering=0) as file:
+                    descriptor = os.dup(file.fileno())
+            self._file: io.FileIO | None = io.FileIO(descriptor, "r+")
+        except OSError:
+            self._file = None  # no descriptors or no room: the worker prints to its log
+
+    @property
+    def descriptor(self) -> int | None:
+        """What `faulthandler` writes to; None where there is no such file."""
+        return None if self._file is None or self._file.closed else self._file.fileno()
+
+    @property
+    def size(self) -> int:
+        """How many bytes are written so far."""
+        return 0 if self.descriptor is None else os.fstat(self.descriptor).st_size
+
+    def read(self) -> str:
+        """What is written so far."""
+        return (
+            "" if self.descriptor is None else os.pread(self.descriptor, self.ROOM, 0).decode(errors="replace").strip()
+        )
+
+    def forget(self) -> None:
+        """In a child that a worker has forked: what `faulthandler` writes there is not the worker's, and goes to stderr."""
+        if self.descriptor is not None:
+            try:
+                os.dup2(2, self.descriptor)
+            except OSError:
+                pass  # there is no stderr
+
+    def close(self) -> None:
+        """Once it is read; and in the other workers, which inherit it."""
+        if self._file is not None:
+            self._file.close()
+
+
 class LastResort:
     """`faulthandler`'s timer: the process ends at a moment, whatever it does."""
 
     def __init__(self, descriptor: int = 2) -> None:
         self._descriptor = descriptor
+        self._deadline: Deadline | None = None
+
+    def print_to(self, descriptor: int) -> None:
+        """Print there from now on."""
+        self._descriptor = descriptor
+        if self._deadline is not None:
+            self.arm(self._deadline)
 
     def arm(self, deadline: Deadline) -> None:
         """End the process at `deadline`, and print every stack; arming again moves the moment."""
+        self._deadline = deadline
         try:
             faulthandler.dump_traceback_later(max(deadline.left(), 0.05), exit=True, file=self._descriptor)
         except (OSError, ValueError, RuntimeError):
             pass  # the descriptor is closed or the memory has run out; the master's SIGKILL is behind us
 
     def tell_stacks(self) -> None:
-        """From now on print every stack at STACKS."""
+        """From now on print every stack at STACKS, and at a crash in C where nobody has asked `faulthandler` for it."""
         if STACKS:
             faulthandler.register(STACKS, file=self._descriptor)
+        if not faulthandler.is_enabled():
+            faulthandler.enable(file=self._descriptor)
 
     def disarm(self) -> None:
         """Let the process live."""
+        self._deadline = None
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -2,7 +2,8 @@
 
 The running arbiter is made an instance of a class built over its own, so that a user's arbiter keeps its methods. It
 relies on `handle_<name>`, `manage_workers` (the tick), `reap_workers`, `stop`, `reload`, `reexec`,
-`maybe_promote_master`, `wait_for_signals` or `sleep`, and `_start_control_server` (tests/contract/test_arbiter.py).
+`maybe_promote_master`, `wait_for_signals` or `sleep`, `kill_worker` from `murder_workers`, and `_start_control_server`
+(tests/contract/test_arbiter.py).
 """
 
 from __future__ import annotations
@@ -73,6 +74,13 @@ class GracefulArbiter:
     def reap_workers(self) -> None:
         """Reap our own children only; an exit code that a hook waits for is the hook's."""
         self.grace.reap()
+
+    def kill_worker(self, pid: int, sig: int) -> None:
+        """A worker that `timeout` ends: SIGABRT, then time for its report and for its stacks, and only then SIGKILL."""
+        if sig != signal.SIGKILL or self.grace.pool.may_kill(pid):
+            super().kill_worker(pid, sig)  # type: ignore[misc]
+        if sig == signal.SIGABRT:
+            self.grace.pool.timed_out(pid)
 
     def maybe_promote_master(self) -> None:
         """A successor is promoted by a word on the channel, not by a look at its parent."""

@@ -202,6 +202,7 @@ class Grace:
     def close_in_worker(self) -> None:
         """Run in a worker just after the fork: the channels are the master's alone, and so is the word of its parent."""
         os.environ.pop("GUNICORN_PID", None)  # gunicorn's master needs it until it is promoted, no application does
+        self.pool.close_in_worker()
         fds = self.takeover.descriptors()
         if self.successor is not None:
             fds += self.successor.descriptors()

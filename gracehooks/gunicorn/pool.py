@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from gracehooks import events, processes
 from gracehooks.deadline import Deadline
+from gracehooks.drain.driver import HAMMER, HAMMER_LAST_RESORT
+from gracehooks.drain.report import of_faulthandler
 from gracehooks.drain.watchdog import STACKS
 from gracehooks.gunicorn.leftovers import end_leftovers
 from gracehooks.gunicorn.losses import Losses, OutOfMemory, losses_of
@@ -35,12 +37,30 @@ MARGIN = 0.5
 #: How long beyond the drain time a worker may take to learn that it was told to leave, before it is killed. Its sentinel
 #: looks four times a second: only what holds the GIL, or has stopped the process, keeps that from it.
 HEARD = 0.6
-#: How long it may take to print its stacks before that, in seconds.
-STACKS_WITHIN = 0.15
+#: How long it may take to write its stacks before it is killed, in seconds; two looks that see the same end it sooner.
+STACKS_WITHIN = 0.3
+#: How long a worker has for its report once gunicorn has timed it out, in seconds: its own bounds for that, and a share.
+ABORTS_WITHIN = HAMMER + HAMMER_LAST_RESORT + 0.15
 #: The shortest drain time that this is reckoned from, in seconds: a busy machine may keep a worker waiting for its turn.
 SHORTEST_DRAIN = 1.0
 #: Between one failed boot and the next try, in seconds, and the longest.
 BACKOFF, LONGEST_BACKOFF = 0.5, 10.0
+
+
+class Asked:
+    """The stacks of `worker`, asked for just now."""
+
+    def __init__(self, pid: int, worker: Any) -> None:
+        self._stacks = worker.stacks
+        self._deadline = Deadline.after(STACKS_WITHIN)
+        self._size = 0
+        processes.signal_process(pid, STACKS)
+
+    @property
+    def answered(self) -> bool:
+        """Whether they are there, or have not come in time; for each turn of the master's loop."""
+        before, self._size = self._size, self._stacks.size
+        return self._deadline.passed or (self._size > 0 and self._size == before)
 
 
 @dataclass
@@ -53,11 +73,19 @@ class Departure:
     forced: bool = False
     #: By when it must know that it was told, or nothing in it runs any more; endless for a class that does not say so.
     heard: Deadline = field(default_factory=lambda: Deadline(float("inf")))
-    asked: bool = False  #: for its stacks, since it does not know
+    asked: Asked | None = None  #: for its stacks, since it does not know
 
     def overdue(self, *, ready: bool, leaving: bool) -> bool:
         """Whether the worker must be killed now; `ready` and `leaving` are what its page says."""
         return self.deadline.passed or (ready and not leaving and self.heard.passed)
+
+
+@dataclass
+class Abort:
+    """A worker that gunicorn has timed out: until when it is left alone."""
+
+    left_alone: Deadline
+    asked: Asked | None = None  #: for its stacks, since its own handler has not run
 
 
 @dataclass
@@ -79,6 +107,7 @@ class Pool:
         #: A reload brings a new cohort; only one of them serves when it is over.
         self.cohort = 0
         self.leaving: dict[int, Departure] = {}
+        self._aborts: dict[int, Abort] = {}
         self.recycling: dict[int, int] = {}  #: old worker: its replacement
         self.orphans: dict[int, tuple[int, Deadline]] = {}  #: of a killed successor: start time, bound
         self.ended = Losses()
@@ -91,7 +120,7 @@ class Pool:
     @property
     def busy(self) -> bool:
         """Whether something is awaited that no signal announces."""
-        return bool(self.leaving or self.recycling or self.orphans) or self._held_back
+        return bool(self.leaving or self._aborts or self.recycling or self.orphans) or self._held_back
 
     @property
     def _held_back(self) -> bool:
@@ -178,6 +207,11 @@ class Pool:
         self._failed_boots += 1
         self._spawn_after = time.monotonic() + min(BACKOFF * 2 ** (self._failed_boots - 1), LONGEST_BACKOFF)
 
+    def close_in_worker(self) -> None:
+        """Run in a worker just after the fork: the files of the others are not its own."""
+        for worker in self._arbiter.WORKERS.values():
+            worker.stacks.close()
+
     # -- leaving -------------------------------------------------------------------------------------------------
     def let_go(self, pid: int, order: Order, reason: str) -> None:
         """Tell a worker to drain, once, and note by when it must have left."""
@@ -221,9 +255,9 @@ class Pool:
                     departure.deadline = Deadline.after(self._master.settings.leave_budget + MARGIN)
                 else:
                     if not departure.deadline.passed:
-                        if STACKS and not departure.asked:
-                            departure.asked, departure.heard = True, Deadline.after(STACKS_WITHIN)
-                            processes.signal_process(pid, STACKS)
+                        if STACKS and departure.asked is None:
+                            departure.asked = Asked(pid, worker)
+                        if departure.asked is not None and not departure.asked.answered:
                             continue
                         departure.reason += "; nothing in it has run since: a call in C holds it"
                     self._kill(pid, departure)
@@ -235,6 +269,29 @@ class Pool:
             events.publish(events.ForcedExit(**self._master.identity(), worker=pid, reason=reason))
         departure.deadline = Deadline.after(1.0)
         processes.signal_process(pid, signal.SIGKILL)
+
+    def timed_out(self, pid: int) -> None:
+        """gunicorn has sent SIGABRT to a worker that gave no heartbeat for `timeout`: it has a moment for its report."""
+        self._aborts[pid] = Abort(Deadline.after(ABORTS_WITHIN))
+
+    def may_kill(self, pid: int) -> bool:
+        """Whether SIGKILL is due to a worker that gunicorn has timed out; asks for its stacks before.
+
+        gunicorn would send it at its next turn, and the next turn comes when another worker has ended.
+        """
+        abort, worker = self._aborts.get(pid), self._arbiter.WORKERS.get(pid)
+        if abort is None or worker is None:
+            return True
+        if not abort.left_alone.passed:
+            return False
+        if not STACKS or not (getattr(worker, "drains", False) and worker.page.ready):
+            return True
+        if abort.asked is None:
+            self._arbiter.log.error(
+                "gracehooks: worker %s has not heard SIGABRT: a call in C holds it, or the process is stopped", pid
+            )
+            abort.asked = Asked(pid, worker)
+        return abort.asked.answered
 
     def see_out(self, pid: int) -> None:
         """A worker of a successor that was killed serves still: it finishes what it has, within the leave budget."""
@@ -283,6 +340,7 @@ class Pool:
         arbiter, page = self._arbiter, worker.page
         arbiter.WORKERS.pop(pid, None)
         departure = self.leaving.pop(pid, None)
+        self._aborts.pop(pid, None)
         self.recycling.pop(pid, None)
         how = processes.describe_status(status)
         if status or (departure is not None and departure.forced):
@@ -296,6 +354,11 @@ class Pool:
             farewell.losses.add(found)
         if not (awaited or self._master.retiring or self._master.stop.recorded):
             self._record_by_itself(pid, reason, found)
+        stacks = worker.stacks.read()
+        worker.stacks.close()
+        if stacks:
+            words = of_faulthandler(stacks)
+            arbiter.log.error("gracehooks: where worker %s (%s) stood:\n%s", pid, reason, words)
         events.publish(
             events.WorkerEnded(
                 **self._master.identity(),

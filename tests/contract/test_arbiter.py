@@ -148,7 +148,9 @@ def test_spawn_worker_constructs_in_the_master_and_registers_the_pid():
 
 
 def test_murder_workers_says_that_it_aborted_a_worker():
-    assert "worker.aborted = True" in source("murder_workers")
+    text = source("murder_workers")
+    assert "worker.aborted = True" in text
+    assert text.index("self.kill_worker(pid, signal.SIGABRT)") < text.index("self.kill_worker(pid, signal.SIGKILL)")
 
 
 def test_promotion_is_one_method_that_knows_only_its_parent():

@@ -8,7 +8,9 @@ import signal
 
 import pytest
 from gunicorn import util
+from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
+from gunicorn.workers.workertmp import WorkerTmp
 
 import gracehooks
 from gracehooks.gunicorn import threaded
@@ -75,6 +77,13 @@ def test_a_worker_has_these_from_the_beginning():
 
 def test_notify_is_the_heartbeat():
     assert "self.tmp.notify()" in source("notify")
+    assert {name for name in vars(WorkerTmp) if not name.startswith("_")} == {
+        "notify",
+        "last_update",
+        "fileno",
+        "close",
+    }
+    assert "worker.tmp.last_update()" in inspect.getsource(Arbiter.murder_workers)
 
 
 @pytest.mark.parametrize("name", ["sync", "gthread", "gevent", "asgi"])
@@ -98,7 +107,7 @@ def test_a_stock_class_becomes_an_attached_one_once():
 def test_the_first_notify_after_the_boot_is_readiness(monkeypatch):
     class Stock(Worker):
         def __init__(self, *args):
-            self.ppid, self.booted = 0, False
+            self.ppid, self.booted, self.tmp = 0, False, None
 
         def notify(self):
             pass

@@ -47,6 +47,11 @@ def starts(path):
         raise RuntimeError("a mistake")
     elif path == "crash":
         ctypes.string_at(0)
+    elif path == "crash-of-a-child":
+        child = os.fork()
+        if not child:
+            ctypes.string_at(0)
+        assert os.waitpid(child, 0)[1] != 0
     elif path == "eat":
         eaten = []
         while True:
@@ -155,6 +160,22 @@ def test_a_worker_that_dies_leaves_a_report_of_exactly_what_it_had(worker: str, 
             ask(server, "crash")
             pid = victim._who("crash")
             victim.check(pid, "crashed with SIGSEGV", "/crash")
+            said = f"where worker {pid} (crashed with SIGSEGV) stood:\n"
+            title, innermost, outer = server.log().partition(said)[2].splitlines()[:3]
+            assert title.endswith("(it got the signal), at:")
+            assert "ctypes/__init__.py" in innermost
+            assert "in starts" in outer
+
+
+def test_the_crash_of_a_child_is_not_the_workers() -> None:
+    with serve(source("gracehooks.Worker"), CONFIG, worker="gracehooks.Worker", workers=1) as server:
+        (pid,) = server.workers()
+        assert ask(server, "crash-of-a-child").result(60) == 200
+        assert "Fatal Python error: Segmentation fault" in server.log()
+        os.kill(pid, signal.SIGKILL)
+        server.wait_for("WorkerEnded", worker=pid)
+        server.stop()
+        assert "where worker" not in server.log()
 
 
 @pytest.mark.parametrize("worker", CLASSES)

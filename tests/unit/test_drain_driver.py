@@ -47,6 +47,10 @@ class Alarm:
 
     def __init__(self, descriptor: int = 2) -> None:
         self.armed: list[Deadline] = []
+        self.descriptor = descriptor
+
+    def print_to(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def arm(self, deadline: Deadline) -> None:
         self.armed.append(deadline)
@@ -68,7 +72,7 @@ def make(drain_timeout: float = 30, **settings: float) -> Drain:
     page = Page(requests=2, jobs=2)
     page.phase = Phase.SERVING
     chosen = Settings(drain_timeout=drain_timeout, **{"job_timeout": 5, "cleanup_timeout": 5, **settings})  # type: ignore[arg-type]
-    drain = Drain(page, chosen, logging.getLogger("test"), Host(), parent=1)
+    drain = Drain(page, chosen, logging.getLogger("test"), Host(), parent=1, stacks=7)
 
     def leave(code: int, flushes: object = ()) -> None:
         raise Exit(code)
@@ -183,6 +187,7 @@ def test_the_end_of_the_master_makes_it_final(monkeypatch: pytest.MonkeyPatch) -
     assert drain.look()
     assert drain.final
     assert drain.orphan
+    assert drain._last_resort.descriptor == 2, "nobody is left who would read the page's file"
 
 
 def test_a_lame_duck_order_changes_the_phase_and_nothing_else() -> None:

@@ -98,3 +98,27 @@ def test_it_fits_the_page_whatever_the_stacks(number: int) -> None:
     assert found["reason"] == "drain_timeout"
     assert len(text) < 48 * 1024 or number == 256
     assert bool(found["requests"][0]["where"]) == (number < 256)
+
+
+def test_what_faulthandler_wrote_in_our_words() -> None:
+    written = """Fatal Python error: Segmentation fault
+
+Thread 0x00007fca0fefe6c0 (most recent call first):
+  File "/srv/app/views.py", line 18 in wait
+  File "/usr/lib/python3.11/threading.py", line 982 in run
+
+Thread 0x00007fca0fefe6c1 (most recent call first):
+  File "/usr/lib/python3/site-packages/gracehooks/drain/watchdog.py", line 160 in _run
+
+Current thread 0x00007fca12458b80 (most recent call first):
+  File "/srv/app/a place/views.py", line 7 in <lambda>
+  File "/usr/lib/python3/site-packages/gunicorn/workers/sync.py", line 184 in handle_request
+
+Extension modules: numpy.core._multiarray_umath (total: 1)"""
+    assert report.of_faulthandler(written).splitlines() == [
+        "Thread 0x00007fca12458b80 (it got the signal), at:",
+        "    /srv/app/a place/views.py:7 in <lambda>",
+        "Thread 0x00007fca0fefe6c0, at:",
+        "    /srv/app/views.py:18 in wait",
+    ]
+    assert report.of_faulthandler("Fatal Python error: Aborted") == "Fatal Python error: Aborted"

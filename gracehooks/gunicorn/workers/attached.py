@@ -1,9 +1,9 @@
 """What every worker class has under gracehooks, the stock ones too.
 
-A page on the scoreboard, made in the master before the fork; a process group of its own, so that a signal to the
-supervisor's group reaches the master alone; the reason of a boot that failed, where the master can read it; and the
-word "ready", said once the worker really serves. It relies on gunicorn's `Worker.__init__`, `init_process`, `load_wsgi`,
-`init_signals` and `notify` (tests/contract/test_worker_base.py).
+A page on the scoreboard and a file for its last stacks, made in the master before the fork; a process group of its own, so
+that a signal to the supervisor's group reaches the master alone; the reason of a boot that failed, where the master can
+read it; and the word "ready", said once the worker really serves. It relies on gunicorn's `Worker.__init__`,
+`init_process`, `load_wsgi`, `init_signals`, `notify` and `tmp` (tests/contract/test_worker_base.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from gunicorn.workers.base import Worker as StockWorker
 
 from gracehooks import processes, settings
+from gracehooks.drain.watchdog import Stacks
 from gracehooks.gunicorn.hooks import chain
 from gracehooks.gunicorn.leftovers import MARK
 from gracehooks.gunicorn.workers import ready
@@ -33,6 +34,31 @@ def is_asgi(worker_class: type) -> bool:
         base.__module__.startswith(("gunicorn.workers.gasgi", "uvicorn_worker", "uvicorn.workers"))
         for base in worker_class.__mro__
     )
+
+
+class Heartbeat:
+    """gunicorn's `WorkerTmp` with the heartbeat on the page: a file's times have to wait for a disk that stands still."""
+
+    def __init__(self, file: Any, page: Page) -> None:
+        self._file = file
+        self._page = page
+        self.notify()
+
+    def notify(self) -> None:
+        """Beat; in the worker."""
+        self._page.heartbeat = time.monotonic()
+
+    def last_update(self) -> float:
+        """The last beat in monotonic seconds; in the master."""
+        return self._page.heartbeat
+
+    def fileno(self) -> int:
+        """That of gunicorn's file, which nothing is written to."""
+        return int(self._file.fileno())
+
+    def close(self) -> None:
+        """Close gunicorn's file."""
+        self._file.close()
 
 
 class Attached:
@@ -57,6 +83,8 @@ class Attached:
     def __init__(self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any) -> None:
         super().__init__(age, ppid, sockets, app, timeout, cfg, log)  # type: ignore[call-arg]
         self.page = Page()
+        self.tmp: Any = Heartbeat(self.tmp, self.page)
+        self.stacks = Stacks()
         self.mark = f"{os.getpid()}.{time.monotonic_ns()}"
         self.settings = settings.current()
 
@@ -102,7 +130,6 @@ class Attached:
     def notify(self) -> None:
         """The heartbeat; the first one after the boot says that the worker is ready."""
         super().notify()  # type: ignore[misc]
-        self.page.heartbeat = time.monotonic()
         if self.ready_at_first_notify and not self.page.ready and self.booted:  # type: ignore[attr-defined]
             self.became_ready()
 

@@ -101,11 +101,13 @@ class Drained(Attached):
             self,
             parent=self.ppid,
             takes_over=self.takes_over,
+            stacks=self.stacks.descriptor,
             descriptor=_descriptor(self.log),
         )
         watch(self.page)
         self._watch_the_exit()
         os.register_at_fork(after_in_child=self._forget_signals)
+        os.register_at_fork(after_in_child=self.stacks.forget)
         self.drain.watch()
         super().init_process()
         if self.drain.exit_code:
@@ -238,11 +240,7 @@ class Drained(Attached):
     # -- what the drain needs of its host (drain.driver.Host) ----------------------------------------------------------
     def beat(self) -> None:
         """The heartbeat alone, from any thread."""
-        try:
-            self.tmp.notify()
-        except (OSError, ValueError):
-            return  # gunicorn closes the file just before its last hook
-        self.page.heartbeat = time.monotonic()
+        self.tmp.notify()
 
     def wake(self) -> None:
         """Wake the loop: it looks at gunicorn's own pipe."""
