@@ -126,6 +126,34 @@ def test_two_workers_whose_loops_stand_still(way: str, worker: str) -> None:
         assert "secret" not in (server.state_dir / "history.jsonl").read_text()
 
 
+def assert_quiet(server: Server) -> None:
+    """No worker is ended for longer than the time-out."""
+    quiet_until = time.monotonic() + TIMEOUT + 2 * LOOK
+    while time.monotonic() < quiet_until:
+        assert "WORKER TIMEOUT" not in server.log()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("worker", [*CLASSES, "sync"])
+def test_a_worker_that_boots_is_not_timed_out(worker: str) -> None:
+    """As with gunicorn alone: a boot has no heartbeat; what bounds it in an upgrade is `ready_timeout`."""
+    config = f"timeout = {TIMEOUT}\n"
+    if worker == "sync":
+        config += "on_starting = gracehooks.on_starting\n"
+    boots = """
+(HERE / "boots").touch()
+while not (HERE / "go").exists():
+    real_sleep(0.02)
+"""
+    code = COMMON + boots + (ASGI if worker in LOOPS else WSGI)
+    with serve(code, config, worker=worker, workers=1, env={"CLASS": worker}, answers=None) as server:
+        eventually((server.dir / "boots").exists, what="the boot")
+        assert_quiet(server)
+        (server.dir / "go").touch()
+        server.wait_for("ServingStarted")
+        assert ask(server, "").result(60) == 200
+
+
 DISK = """
 import threading
 from gunicorn.workers.workertmp import WorkerTmp
@@ -142,10 +170,5 @@ def test_a_disk_that_stands_still_is_no_hung_worker(worker: str) -> None:
     if worker == "sync":
         config += "on_starting = gracehooks.on_starting\n"
     with serve(source(worker), config, worker=worker, workers=2, env={"CLASS": worker}) as server:
-        workers = server.workers()
-        quiet_until = time.monotonic() + TIMEOUT + 2 * LOOK
-        while time.monotonic() < quiet_until:  # nothing must happen in that time
-            assert server.workers() == workers
-            time.sleep(0.1)
+        assert_quiet(server)
         assert ask(server, "").result(60) == 200
-        assert "WORKER TIMEOUT" not in server.log()

@@ -42,15 +42,17 @@ class Heartbeat:
     def __init__(self, file: Any, page: Page) -> None:
         self._file = file
         self._page = page
-        self.notify()
 
     def notify(self) -> None:
         """Beat; in the worker."""
         self._page.heartbeat = time.monotonic()
 
     def last_update(self) -> float:
-        """The last beat in monotonic seconds; in the master."""
-        return self._page.heartbeat
+        """The last beat in monotonic seconds; in the master. A worker that boots has none yet, and is not late.
+
+        A new file's time, gunicorn's, is of another clock and in the future.
+        """
+        return self._page.heartbeat or time.monotonic()
 
     def fileno(self) -> int:
         """That of gunicorn's file, which nothing is written to."""
