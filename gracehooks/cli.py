@@ -412,8 +412,7 @@ def jobs_in_words(jobs: Mapping[str, int]) -> str:
 def stop_line(status: Mapping[str, Any], seconds: float, budget: float) -> str:
     """What a person sees while waiting for the end."""
     workers = status.get("workers") or []
-    requests = sum(len(each.get("requests") or ()) for each in workers)
-    jobs = sum(len(each.get("jobs") or ()) for each in workers)
+    requests, jobs = (sum(_number(each, what) for each in workers) for what in ("requests", "jobs"))
     bound = f" of at most {budget:g} s" if budget else ""
     return (
         f"stop: {str(status.get('state', 'stopping')).replace('_', ' ')}, {plural(len(workers), 'worker')}, "
@@ -432,8 +431,8 @@ def status(instance: Instance) -> Result:
     lines = []
     for worker in found.get("workers") or () if running else ():
         busy = [
-            _busy("request", worker.get("requests") or (), lambda each: f"{each['method']} {each['path']}", passed),
-            _busy("job", worker.get("jobs") or (), lambda each: f"{each['name']} ({each['kind']})", passed),
+            _busy(worker, "request", lambda each: f"{each['method']} {each['path']}", passed),
+            _busy(worker, "job", lambda each: f"{each['name']} ({each['kind']})", passed),
         ]
         lines.append("  ".join([f"  worker {worker['pid']}", worker["phase"].replace("_", " "), *filter(None, busy)]))
     lines += [
@@ -448,11 +447,17 @@ def status(instance: Instance) -> Result:
     return Result(0 if running and state == "serving" else 1, line, facts, lines)
 
 
-def _busy(noun: str, found: Sequence[Any], name: Callable[[Any], str], passed: float) -> str:
+def _number(worker: Mapping[str, Any], what: str) -> int:
+    return int(worker.get(f"{what}_in_flight") or len(worker.get(what) or ()))
+
+
+def _busy(worker: Mapping[str, Any], noun: str, name: Callable[[Any], str], passed: float) -> str:
+    found = worker.get(noun + "s")
     if not found:
         return ""
     oldest = max(found, key=lambda each: float(each["age"]))
-    return f"{plural(len(found), noun)} (oldest {name(oldest)}, {seconds_in_words(float(oldest['age']) + passed)})"
+    age = seconds_in_words(float(oldest["age"]) + passed)
+    return f"{plural(_number(worker, noun + 's'), noun)} (oldest {name(oldest)}, {age})"
 
 
 def _last(upgrade: Mapping[str, Any]) -> str:

@@ -5,8 +5,9 @@ system call. The worker writes; the master reads, and writes `order`. A slot is 
 freed by writing that first, so a reader never sees half a slot, even when the writer was killed between two stores. The
 state of a request's slot is a count with one byte that says "taken": it has one writer, so no lock is needed on the request
 path, and the sum over the slots is the number of requests. A job's slot has its own counts of how its jobs ended, for the
-same reason: whoever has the slot is their one writer. When the slots run out the counters stay exact and only the names of
-the rest are given up.
+same reason: whoever has the slot is their one writer. There are few slots at first, and more when they run out, up to a
+bound; memory that no slot has touched is not taken from the system. Beyond the bound the counters stay exact and only the
+names of the rest are given up.
 
 This module knows no server, no signal and no settings.
 """
@@ -23,7 +24,7 @@ from enum import IntEnum
 from time import monotonic
 from typing import Any, NamedTuple
 
-__all__ = ["JobInFlight", "Order", "Outcome", "Page", "Parts", "Phase", "RequestInFlight"]
+__all__ = ["REPORT_ROOM", "JobInFlight", "Order", "Outcome", "Page", "Parts", "Phase", "RequestInFlight"]
 
 
 class Phase(IntEnum):
@@ -100,9 +101,12 @@ _ACCEPTED, _OUTCOMES = 56, 64  # of the jobs that found no slot; five outcomes f
 _PHASE_SINCE = 104
 _FAILURE_SIZE, _REPORT_SIZE = 112, 120
 _LEAVING = 128
-_FAILURE, _FAILURE_ROOM = 136, 1024
-_REPORT, _REPORT_ROOM = _FAILURE + _FAILURE_ROOM, 48 * 1024
-_SLOTS = _REPORT + _REPORT_ROOM
+_REQUEST_SLOTS, _JOB_SLOTS = 136, 144  # how many there are now
+_FAILURE, _FAILURE_ROOM = 152, 1024
+#: The most that a report may have, in bytes.
+REPORT_ROOM = 2 << 20
+_REPORT = _FAILURE + _FAILURE_ROOM
+_SLOTS = _REPORT + REPORT_ROOM
 
 _I64 = struct.Struct("<q")
 _F64 = struct.Struct("<d")
@@ -130,26 +134,73 @@ class Parts(NamedTuple):
 
 
 class Page:
-    """The scoreboard of one worker: `requests` and `jobs` are the numbers of named slots (1 or more)."""
+    """The scoreboard of one worker.
 
-    def __init__(self, requests: int = 256, jobs: int = 512) -> None:
-        jobs_at = _SLOTS + requests * _REQUEST_SIZE
-        size = jobs_at + jobs * _JOB_SIZE
+    `requests` and `jobs` are the numbers of named slots (1 or more) that it begins with, `most_requests` and `most_jobs`
+    those that it may come to have; without them it keeps to what it begins with.
+    """
+
+    def __init__(
+        self, requests: int = 256, jobs: int = 512, *, most_requests: int | None = None, most_jobs: int | None = None
+    ) -> None:
+        self._steps = requests, jobs
+        self._most = most_requests or requests, most_jobs or jobs
+        self._jobs_at = _SLOTS + self._most[0] * _REQUEST_SIZE
+        size = self._jobs_at + self._most[1] * _JOB_SIZE
         self._map = mmap.mmap(-1, size)
         # Two views of the same memory, for stores of eight bytes that cost no call.
         self._view = memoryview(self._map)
         self._words = self._view.cast("q")
         self._times = self._view.cast("d")
-        self._states = range(_SLOTS, jobs_at, _REQUEST_SIZE)
-        self._job_states = range(jobs_at // 8, size // 8, _JOB_SIZE // 8)
         # What each slot is named after now, since the same request again need not be written again; and its next state.
-        self._entries: dict[int, list[Any]] = {slot: ["", "", 257] for slot in self._states}
-        self._jobs_named: dict[int, tuple[str, str]] = dict.fromkeys(self._job_states, ("", ""))
+        self._entries: dict[int, list[Any]] = {}
+        self._jobs_named: dict[int, tuple[str, str]] = {}
         # Append and pop are atomic: slots are taken by threads, without a lock.
-        self._free_requests: list[int] = list(reversed(self._states))
-        self._free_jobs: list[int] = list(reversed(self._job_states))
-        # The counters for those without a slot are read-modify-write, so they have a lock; it lives in the worker alone.
+        self._free_requests: list[int] = []
+        self._free_jobs: list[int] = []
+        # What is read, modified and written has a lock: the counters of those without a slot, and the numbers of slots. It
+        # lives in the worker alone.
         self._lock = threading.Lock()
+        self._more_requests()
+        self._more_jobs()
+
+    @property
+    def _states(self) -> range:
+        """Where the requests' slots begin."""
+        return range(_SLOTS, _SLOTS + self._get(_REQUEST_SLOTS) * _REQUEST_SIZE, _REQUEST_SIZE)
+
+    @property
+    def _job_states(self) -> range:
+        """Where the jobs' slots begin, in words."""
+        return range(self._jobs_at // 8, (self._jobs_at + self._get(_JOB_SLOTS) * _JOB_SIZE) // 8, _JOB_SIZE // 8)
+
+    def _more_requests(self) -> None:
+        """Make more slots; the master knows of them before they are used."""
+        before = len(self._states)
+        self._set(_REQUEST_SLOTS, min(before + self._steps[0], self._most[0]))
+        added = self._states[before:]
+        self._entries.update((slot, ["", "", 257]) for slot in added)
+        self._free_requests[:0] = added[::-1]
+
+    def _more_jobs(self) -> None:
+        before = len(self._job_states)
+        self._set(_JOB_SLOTS, min(before + self._steps[1], self._most[1]))
+        added = self._job_states[before:]
+        self._jobs_named.update(dict.fromkeys(added, ("", "")))
+        self._free_jobs[:0] = added[::-1]
+
+    def _one_of(self, free: list[int], more: Callable[[], None]) -> int:
+        """A slot of `free`, where that was empty: of those that `more` makes, -1 when it makes none."""
+        with self._lock:
+            for _ in range(2):
+                try:
+                    return free.pop()
+                except IndexError:
+                    more()
+            try:
+                return free.pop()
+            except IndexError:
+                return -1
 
     @property
     def size(self) -> int:
@@ -253,18 +304,20 @@ class Page:
 
     @report.setter
     def report(self, text: str) -> None:
-        if len(text.encode()) > _REPORT_ROOM:
+        if len(text.encode()) > REPORT_ROOM:
             return  # half a JSON text is worth nothing; the slots still name what was lost
-        self._set_text(_REPORT, _REPORT_ROOM, _REPORT_SIZE, text)
+        self._set_text(_REPORT, REPORT_ROOM, _REPORT_SIZE, text)
 
     # -- requests ------------------------------------------------------------------------------------------------
     def begin(self, method: str, path: str) -> int:
-        """A request begins; gives its slot, or -1 when no slot is free (it is counted all the same)."""
+        """A request begins; gives its slot, or -1 when none can be had (it is counted all the same)."""
         try:
             slot = self._free_requests.pop()
         except IndexError:
-            self._count_one(_BEGUN)
-            return -1
+            slot = self._one_of(self._free_requests, self._more_requests)
+            if slot < 0:
+                self._count_one(_BEGUN)
+                return slot
         entry = self._entries[slot]
         if entry[0] != path or entry[1] != method:
             self._name(slot, method, path)
@@ -284,9 +337,9 @@ class Page:
     def parts(self) -> Parts:
         """What `begin` and `end` are made of, for a request path of one thread on which two calls are much.
 
-        Begin: `slot = pop()`, which raises IndexError where `begin` gives -1; `entry = entries[slot]`; `name(slot, method,
-        path)` unless `entry[:2] == [path, method]`; `state = entry[2]; entry[2] = state + 256`; `write(memory, slot, state,
-        monotonic())`. End: `memory[slot] = 0; append(slot)`.
+        Begin: `slot = pop()`, which raises IndexError when none is free, then it is `begin`'s turn; `entry =
+        entries[slot]`; `name(slot, method, path)` unless `entry[:2] == [path, method]`; `state = entry[2]; entry[2] = state +
+        256`; `write(memory, slot, state, monotonic())`. End: `memory[slot] = 0; append(slot)`.
         """
         return Parts(self._free_requests.pop, self._free_requests.append, self._entries, self._name, _BEGIN, self._map)
 
@@ -300,7 +353,8 @@ class Page:
             _I64.pack_into(self._map, at, _I64.unpack_from(self._map, at)[0] + 1)
 
     def _each_state(self) -> list[int]:
-        return [_I64.unpack_from(self._map, slot)[0] for slot in self._states]
+        states = self._states
+        return self._words[states.start // 8 : states.stop // 8 : _REQUEST_SIZE // 8].tolist()
 
     @property
     def begun(self) -> int:
@@ -322,11 +376,12 @@ class Page:
         """The requests in flight that have a slot, by their slots."""
         found = {}
         for slot in self._states:
-            state, started, method, size, raw = _REQUEST.unpack_from(self._map, slot)
-            if state & 1:
-                found[slot] = RequestInFlight(
-                    method.rstrip(b"\0").decode("ascii", "replace"), raw[:size].decode("utf-8", "replace"), started
-                )
+            if self._map[slot]:
+                state, started, method, size, raw = _REQUEST.unpack_from(self._map, slot)
+                if state & 1:
+                    found[slot] = RequestInFlight(
+                        method.rstrip(b"\0").decode("ascii", "replace"), raw[:size].decode("utf-8", "replace"), started
+                    )
         return found
 
     def requests(self) -> list[RequestInFlight]:
@@ -335,18 +390,20 @@ class Page:
 
     # -- jobs ----------------------------------------------------------------------------------------------------
     def job_begin(self, id: int, kind: str, name: str) -> int:
-        """A job was accepted; gives its slot, or -1 when no slot is free (it is counted all the same)."""
+        """A job was accepted; gives its slot, or -1 when none can be had (it is counted all the same)."""
         try:
             slot = self._free_jobs.pop()
         except IndexError:
-            self._count_one(_ACCEPTED)
-            return -1
+            slot = self._one_of(self._free_jobs, self._more_jobs)
+            if slot < 0:
+                self._count_one(_ACCEPTED)
+                return slot
         self.publish_job(slot, id, kind, name, monotonic())
         return slot
 
     @property
     def take_job_slot(self) -> Callable[[], int]:
-        """For a tracker: takes a free slot, for `publish_job`; raises IndexError when there is none.
+        """For a tracker: takes a free slot, for `publish_job`; raises IndexError when none is free, see `job_begin`.
 
         What has a slot is at work: it gives the slot back with `job_end` when all is written.
         """
@@ -436,13 +493,15 @@ class Page:
         return sorted(self._each_job(), key=lambda each: each.started)
 
     def _each_job(self) -> Iterator[JobInFlight]:
+        words = self._words
         for slot in self._job_states:
-            state, started, id, pid, kind, size, raw = _JOB.unpack_from(self._map, slot * 8)
-            if state & 1:
-                yield JobInFlight(
-                    id,
-                    raw[:size].decode("utf-8", "replace"),
-                    kind.rstrip(b"\0").decode("ascii", "replace"),
-                    started,
-                    pid,
-                )
+            if words[slot] & 1:
+                state, started, id, pid, kind, size, raw = _JOB.unpack_from(self._map, slot * 8)
+                if state & 1:
+                    yield JobInFlight(
+                        id,
+                        raw[:size].decode("utf-8", "replace"),
+                        kind.rstrip(b"\0").decode("ascii", "replace"),
+                        started,
+                        pid,
+                    )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
-from gracehooks.scoreboard import RequestInFlight
+from gracehooks.scoreboard import REPORT_ROOM, RequestInFlight
 
 __all__ = ["as_json", "facts", "in_words", "of_faulthandler", "where", "where_is_thread"]
 
@@ -22,8 +22,8 @@ __all__ = ["as_json", "facts", "in_words", "of_faulthandler", "where", "where_is
 FRAMES = 12
 #: The longest that one stack may be in a report, in characters, when the page has room for all.
 LONGEST = 2000
-#: The page's room for a report, in bytes, with something to spare.
-ROOM = 44 * 1024
+#: How long a report may be with stacks, and without, in bytes; the page has some more room.
+ROOM_FOR_STACKS, ROOM = 256 * 1024, REPORT_ROOM - 4096
 _SERVERS = tuple(
     part.replace("/", os.sep)
     for part in (
@@ -155,14 +155,29 @@ def _short(file: str) -> str:
 
 
 def as_json(requests: Iterable[Mapping[str, Any]], jobs: Iterable[Mapping[str, Any]], reason: str) -> str:
-    """The report as the page takes it; stacks are shortened, and then left out, when they do not fit."""
+    """The report as the page takes it: where all does not fit, stacks are shortened, and then left out.
+
+    And then half of the requests that the page counts, which are named by their slots as well, and so on; what is left is
+    in no other place, and of that too many are cut.
+    """
     requests, jobs = list(requests), list(jobs)
-    for room in (LONGEST, 400, 0):
-        found = {"reason": reason, "requests": _cut(requests, room), "jobs": _cut(jobs, room)}
-        text = json.dumps(found, default=str)
-        if len(text) <= ROOM:
-            break
+    for room, most in ((LONGEST, ROOM_FOR_STACKS), (400, ROOM_FOR_STACKS), (0, ROOM)):
+        text = _as_json(_cut(requests, room), _cut(jobs, room), reason)
+        if len(text) <= most:
+            return text
+    slotted = [each for each in requests if each.get("counted", True)]
+    others = [each for each in requests if not each.get("counted", True)]
+    while len(text) > ROOM and (slotted or others or jobs):
+        if slotted:
+            slotted = slotted[: len(slotted) // 2]
+        else:
+            others, jobs = others[: len(others) // 2], jobs[: len(jobs) // 2]
+        text = _as_json(_cut(others + slotted, 0), _cut(jobs, 0), reason)
     return text
+
+
+def _as_json(requests: list[dict[str, Any]], jobs: list[dict[str, Any]], reason: str) -> str:
+    return json.dumps({"reason": reason, "requests": requests, "jobs": jobs}, default=str)
 
 
 def _cut(entries: Iterable[Mapping[str, Any]], room: int) -> list[dict[str, Any]]:

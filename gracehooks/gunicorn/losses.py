@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,16 +74,16 @@ def losses_of(page: Page, pid: int, reason: str) -> Losses:
         except ValueError:
             told = {}
     common = {"worker": pid, "reason": reason}
-    stacks = [each for each in told.get("requests", ()) if each.get("where")]
+    stacks: dict[tuple[str, str], deque[str]] = {}
+    for each in told.get("requests", ()):
+        if each.get("where"):
+            stacks.setdefault((each.get("method"), each.get("path")), deque()).append(each["where"])
     requests: list[dict[str, Any]] = []
     for slot in page.requests():
         entry: dict[str, Any] = {"method": slot.method, "path": slot.path, "age": round(slot.age, 3), **common}
-        mine = next(
-            (each for each in stacks if (each.get("method"), each.get("path")) == (slot.method, slot.path)), None
-        )
-        if mine is not None:
-            entry["where"] = mine["where"]
-            stacks.remove(mine)
+        mine = stacks.get((slot.method, slot.path))
+        if mine:
+            entry["where"] = mine.popleft()
         requests.append(entry)
     unnamed = page.in_flight - len(requests)
     requests += [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gracehooks import processes
 from gracehooks.systemd.machine import Situation
@@ -20,6 +20,10 @@ __all__ = ["Status"]
 
 #: Between two writes where only requests and jobs have changed, in seconds.
 AT_MOST_EVERY = 1.0
+T = TypeVar("T")
+
+#: How many of a worker's requests and jobs it lists, the oldest ones; the file is written at each change.
+LISTED = 256
 
 
 class Status:
@@ -50,9 +54,11 @@ class Status:
         workers = []
         for pid, worker in self._arbiter.WORKERS.items():
             page = worker.page
-            workers.append((pid, page.phase, tuple(page.requests()), tuple(page.jobs())))
+            workers.append(
+                (pid, page.phase, *_some(page.requests(), page.in_flight), *_some(page.jobs(), page.jobs_in_flight))
+            )
         draining = [(each.generation, each.pid) for each in master.takeover.alive()]
-        coarse = (state, [(pid, phase) for pid, phase, _, _ in workers], draining, repr(master.driver.last))
+        coarse = (state, [(pid, phase) for pid, phase, *_ in workers], draining, repr(master.driver.last))
         moment = time.monotonic()
         same = self._written == (coarse, workers) and not self._failed
         # A disk that is full is asked again, but not at each turn either.
@@ -86,8 +92,10 @@ class Status:
                             {"id": each.id, "name": each.name, "kind": each.kind, "age": round(each.age, 3)}
                             for each in jobs
                         ],
+                        "requests_in_flight": requests_in_flight,
+                        "jobs_in_flight": jobs_in_flight,
                     }
-                    for pid, phase, requests, jobs in workers
+                    for pid, phase, requests, requests_in_flight, jobs, jobs_in_flight in workers
                 ],
                 "upgrade": master.driver.last or None,
                 "at": round(time.time(), 3),
@@ -124,3 +132,8 @@ class Status:
             if waiting >= 0:
                 extra = {"metric": "gunicorn.backlog", "value": waiting, "mtype": "histogram"}
                 arbiter.log.debug(f"socket backlog: {waiting}", extra=extra)
+
+
+def _some(found: list[T], in_flight: int) -> tuple[tuple[T, ...], int]:
+    """The oldest ones, and how many there are; the number is from a later look."""
+    return tuple(found[:LISTED]), max(len(found), in_flight)

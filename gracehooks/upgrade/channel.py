@@ -14,7 +14,8 @@ from gracehooks.deadline import Deadline
 
 __all__ = ["Channel"]
 
-LONGEST_MESSAGE = 1 << 20
+#: A report of everything that a generation had in flight may be some megabytes.
+LONGEST_MESSAGE = 64 << 20
 
 
 class Channel:
@@ -24,8 +25,8 @@ class Channel:
         sock.setblocking(False)
         sock.set_inheritable(False)
         self._sock = sock
-        self._incoming = b""
-        self._outgoing = b""
+        self._incoming = bytearray()
+        self._outgoing = bytearray()
         self.closed = False  #: the other side is gone, or `close` was called
 
     def fileno(self) -> int:
@@ -45,9 +46,9 @@ class Channel:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
-                self._outgoing = b""
+                self._outgoing.clear()
                 return  # what the other side said before it died is still to be read
-            self._outgoing = self._outgoing[sent:]
+            del self._outgoing[:sent]
 
     def flush_within(self, seconds: float) -> bool:
         """Send what is left, waiting at most so long for room; whether all is sent. For the last word before an end."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from concurrent.futures import Future
+from contextlib import ExitStack
 
 import gunicorn
 import pytest
@@ -216,6 +217,28 @@ def test_an_answer_that_the_kernel_has_not_taken_is_in_flight(worker: str, reads
             lost = server.wait_for("WorkerEnded", worker=pid)["lost"]
             # What was answered in this very moment may be in the report as well.
             assert [each["path"] for each in lost["requests"] if each["path"] != "/"] == ["/large"] * (not reads)
+
+
+@pytest.mark.parametrize("worker", LOOPS)
+def test_more_requests_than_a_page_begins_with_are_named_too(worker: str) -> None:
+    """Event loops have many at once: WebSockets, streams, long polls."""
+    number = 400
+    with serve(source(worker), CONFIG, worker=worker, workers=1) as server, ExitStack() as clients:
+        (pid,) = server.workers()
+        for each in range(number):
+            client = clients.enter_context(server.address.connect())
+            client.sendall(f"GET /wait-{each}?secret HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        eventually(lambda: len(list(server.dir.glob("begun-wait-*"))) == number, what="the requests")
+        eventually(
+            lambda: f"{number} requests" in server.cli("status", "--pidfile", str(server.pidfile)).stdout,
+            what="the number in the status",
+        )
+        os.kill(pid, signal.SIGKILL)
+        lost = server.wait_for("WorkerEnded", worker=pid)["lost"]["requests"]
+        assert sorted(each["path"] for each in lost if each["path"] != "/") == sorted(
+            f"/wait-{each}" for each in range(number)
+        )
+        assert len(server.history()[-1]["lost"]["requests"]) == len(lost)
 
 
 TURN = """

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gracehooks.drain import report
-from gracehooks.scoreboard import RequestInFlight
+from gracehooks.scoreboard import REPORT_ROOM, RequestInFlight
 
 
 def test_where_a_thread_stands() -> None:
@@ -89,15 +89,26 @@ def test_facts_and_words() -> None:
     assert "job 3 (mail), 1.0 s" in words
 
 
-@pytest.mark.parametrize("number", [1, 60, 256])
+@pytest.mark.parametrize("number", [1, 60, 256, 1000, 8192])
 def test_it_fits_the_page_whatever_the_stacks(number: int) -> None:
     each = {"method": "GET", "path": "/" + "x" * 100, "age": 1.0, "where": "f.py:1 in f\n" * 200}
     text = report.as_json([each] * number, [], "drain_timeout")
     found = json.loads(text)
     assert len(found["requests"]) == number
     assert found["reason"] == "drain_timeout"
-    assert len(text) < 48 * 1024 or number == 256
-    assert bool(found["requests"][0]["where"]) == (number < 256)
+    assert len(text) < REPORT_ROOM
+    assert len(found["requests"][0]["where"]) == (2000 if number <= 60 else 400 if number < 1000 else 0)
+
+
+def test_what_has_no_slot_is_in_the_report_before_what_has_one() -> None:
+    slotted = {"method": "GET", "path": "/" + "x" * 100, "age": 1.0, "where": ""}
+    job = {"id": 1, "name": "j" * 80, "kind": "thread", "age": 1.0, "where": ""}
+    text = report.as_json([slotted] * 20_000 + [{**slotted, "counted": False}] * 5000, [job] * 5000, "drain_timeout")
+    found = json.loads(text)
+    assert len(text) < REPORT_ROOM
+    assert len(found["jobs"]) == 5000
+    assert [each["counted"] for each in found["requests"] if "counted" in each] == [False] * 5000
+    assert len(json.loads(report.as_json([], [job] * 60_000, "job_timeout"))["jobs"]) > 5000
 
 
 def test_what_faulthandler_wrote_in_our_words() -> None:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from gracehooks.scoreboard import Order, Outcome, Page, Phase
+from gracehooks.scoreboard import REPORT_ROOM, Order, Outcome, Page, Phase
 
 
 @pytest.fixture
@@ -96,6 +96,48 @@ def test_when_the_slots_run_out_the_numbers_stay_exact(page):
     assert page.count(Outcome.CANCELLED) == 5
 
 
+def test_there_are_more_slots_up_to_a_bound_and_a_killed_worker_has_named_them():
+    page = Page(requests=4, jobs=3, most_requests=10, most_jobs=7)
+
+    def work():
+        slots = [page.begin("GET", f"/{number}") for number in range(13)]
+        assert slots.count(-1) == 3
+        assert page.job_begin(0, "task", "job 0") > 0
+        jobs = [page.job_begin(number, "task", f"job {number}") for number in range(1, 9)]
+        assert jobs.count(-1) == 2
+        page.end(slots[7])
+        page.end(page.begin("GET", "/again"))
+        page.job_end(jobs[5], Outcome.SUCCEEDED)
+
+    in_child(work)
+    assert sorted(each.path for each in page.requests()) == sorted(f"/{number}" for number in range(10) if number != 7)
+    assert (page.begun, page.answered, page.in_flight) == (14, 2, 12)
+    assert sorted(each.id for each in page.jobs()) == [0, 1, 2, 3, 4, 5]
+    assert (page.jobs_accepted, page.jobs_in_flight) == (9, 8)
+    page.close()
+
+
+def test_threads_that_need_more_slots_at_once_lose_none():
+    page = Page(requests=1, jobs=1, most_requests=4000, most_jobs=4000)
+    begun = threading.Barrier(8)
+
+    def work(first):
+        begun.wait()
+        for number in range(first, first + 400):
+            assert page.begin("GET", f"/{number}") > 0
+            assert page.job_begin(number, "thread", "j") > 0
+
+    threads = [threading.Thread(target=work, args=(1000 * number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = [1000 * first + number for first in range(8) for number in range(400)]
+    assert sorted(int(each.path[1:]) for each in page.requests()) == expected
+    assert sorted(each.id for each in page.jobs()) == expected
+    page.close()
+
+
 def test_a_slot_is_named_anew(page):
     for number in range(20):
         slot = page.begin("GET" if number % 2 else "DELETE", f"/{number % 3}?{number}")
@@ -117,7 +159,7 @@ def test_a_long_failure_is_cut_and_a_long_report_is_left_out(page):
     page.failure = "x" * 5000
     assert page.failure == "x" * 1024
     page.report = "{}"
-    page.report = "x" * 100_000
+    page.report = "x" * (REPORT_ROOM + 1)
     assert page.report == "{}"
 
 

@@ -27,6 +27,9 @@ from gracehooks.scoreboard import Order, Page, Phase
 
 __all__ = ["Attached", "attached", "is_asgi"]
 
+#: How many requests and jobs of one worker can have a name on its page; the page takes what it uses of its 6 MiB.
+MOST_REQUESTS, MOST_JOBS = 8192, 16384
+
 
 def is_asgi(worker_class: type) -> bool:
     """Whether the class serves ASGI applications: gunicorn's own, or one of uvicorn's."""
@@ -84,7 +87,7 @@ class Attached:
 
     def __init__(self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any) -> None:
         super().__init__(age, ppid, sockets, app, timeout, cfg, log)  # type: ignore[call-arg]
-        self.page = Page()
+        self.page = Page(most_requests=MOST_REQUESTS, most_jobs=MOST_JOBS)
         self.tmp: Any = Heartbeat(self.tmp, self.page)
         self.stacks = Stacks()
         self.mark = f"{os.getpid()}.{time.monotonic_ns()}"
