@@ -14,11 +14,12 @@ This module knows no server, no signal and no settings.
 
 from __future__ import annotations
 
+import heapq
 import mmap
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from time import monotonic
@@ -377,16 +378,25 @@ class Page:
         found = {}
         for slot in self._states:
             if self._map[slot]:
-                state, started, method, size, raw = _REQUEST.unpack_from(self._map, slot)
-                if state & 1:
-                    found[slot] = RequestInFlight(
-                        method.rstrip(b"\0").decode("ascii", "replace"), raw[:size].decode("utf-8", "replace"), started
-                    )
+                request = self._request(slot)
+                if request is not None:
+                    found[slot] = request
         return found
 
-    def requests(self) -> list[RequestInFlight]:
-        """The same, oldest first."""
-        return sorted(self.slots().values(), key=lambda each: each.started)
+    def _request(self, slot: int) -> RequestInFlight | None:
+        state, started, method, size, raw = _REQUEST.unpack_from(self._map, slot)
+        if not state & 1:
+            return None
+        path = raw[:size].decode("utf-8", "replace")
+        return RequestInFlight(method.rstrip(b"\0").decode("ascii", "replace"), path, started)
+
+    def requests(self, most: int | None = None) -> list[RequestInFlight]:
+        """The same, oldest first; at `most` so many."""
+        taken = [slot for slot in self._states if self._map[slot]]
+        if most is not None and len(taken) > most:
+            taken = heapq.nsmallest(most, taken, key=lambda slot: self._times[slot // 8 + 1])
+        found = filter(None, map(self._request, taken))
+        return sorted(found, key=lambda each: each.started)
 
     # -- jobs ----------------------------------------------------------------------------------------------------
     def job_begin(self, id: int, kind: str, name: str) -> int:
@@ -488,20 +498,18 @@ class Page:
         """The jobs in numbers: accepted, and one number for each outcome."""
         return {"accepted": self.jobs_accepted, **{each.name.lower(): self.count(each) for each in Outcome}}
 
-    def jobs(self) -> list[JobInFlight]:
-        """The jobs in flight that have a slot, oldest first."""
-        return sorted(self._each_job(), key=lambda each: each.started)
-
-    def _each_job(self) -> Iterator[JobInFlight]:
+    def jobs(self, most: int | None = None) -> list[JobInFlight]:
+        """The jobs in flight that have a slot, oldest first; at `most` so many."""
         words = self._words
-        for slot in self._job_states:
-            if words[slot] & 1:
-                state, started, id, pid, kind, size, raw = _JOB.unpack_from(self._map, slot * 8)
-                if state & 1:
-                    yield JobInFlight(
-                        id,
-                        raw[:size].decode("utf-8", "replace"),
-                        kind.rstrip(b"\0").decode("ascii", "replace"),
-                        started,
-                        pid,
-                    )
+        taken = [slot for slot in self._job_states if words[slot] & 1]
+        if most is not None and len(taken) > most:
+            taken = heapq.nsmallest(most, taken, key=lambda slot: self._times[slot + 1])
+        found = filter(None, map(self._job, taken))
+        return sorted(found, key=lambda each: each.started)
+
+    def _job(self, slot: int) -> JobInFlight | None:
+        state, started, id, pid, kind, size, raw = _JOB.unpack_from(self._map, slot * 8)
+        if not state & 1:
+            return None
+        name = raw[:size].decode("utf-8", "replace")
+        return JobInFlight(id, name, kind.rstrip(b"\0").decode("ascii", "replace"), started, pid)

@@ -47,8 +47,8 @@ def native(module: str, name: str) -> Any:
 class Stacks:
     """A file without a name, made before the fork: `faulthandler` writes in the worker, the master reads after its end."""
 
-    #: The most that is read, in bytes: faulthandler writes up to 100 frames of each of up to 100 threads.
-    ROOM = 64 * 1024
+    #: The most that is read, in bytes: faulthandler writes up to 100 frames of each of up to 100 threads, the oldest last.
+    ROOM = 2 << 20
 
     def __init__(self) -> None:
         try:
@@ -73,9 +73,8 @@ class Stacks:
 
     def read(self) -> str:
         """What is written so far."""
-        return (
-            "" if self.descriptor is None else os.pread(self.descriptor, self.ROOM, 0).decode(errors="replace").strip()
-        )
+        descriptor = self.descriptor
+        return "" if descriptor is None else os.pread(descriptor, self.ROOM, 0).decode(errors="replace").strip()
 
     def forget(self) -> None:
         """In a child that a worker has forked: what `faulthandler` writes there is not the worker's, and goes to stderr."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from gracehooks import processes
 from gracehooks.systemd.machine import Situation
@@ -20,8 +20,6 @@ __all__ = ["Status"]
 
 #: Between two writes where only requests and jobs have changed, in seconds.
 AT_MOST_EVERY = 1.0
-T = TypeVar("T")
-
 #: How many of a worker's requests and jobs it lists, the oldest ones; the file is written at each change.
 LISTED = 256
 
@@ -51,19 +49,19 @@ class Status:
         if master.is_successor or master.retiring:
             return
         state = state or self.state()
-        workers = []
-        for pid, worker in self._arbiter.WORKERS.items():
-            page = worker.page
-            workers.append(
-                (pid, page.phase, *_some(page.requests(), page.in_flight), *_some(page.jobs(), page.jobs_in_flight))
-            )
+        pages = [(pid, worker.page) for pid, worker in self._arbiter.WORKERS.items()]
         draining = [(each.generation, each.pid) for each in master.takeover.alive()]
-        coarse = (state, [(pid, phase) for pid, phase, *_ in workers], draining, repr(master.driver.last))
+        coarse = (state, [(pid, page.phase) for pid, page in pages], draining, repr(master.driver.last))
         moment = time.monotonic()
-        same = self._written == (coarse, workers) and not self._failed
         # A disk that is full is asked again, but not at each turn either.
         patient = self._failed or (self._written is not None and coarse == self._written[0])
-        if not now and (same or (patient and moment - self._at < AT_MOST_EVERY)):
+        if not now and patient and moment - self._at < AT_MOST_EVERY:
+            return
+        workers = [
+            (pid, phase, page.requests(LISTED), page.in_flight, page.jobs(LISTED), page.jobs_in_flight)
+            for (pid, page), (_, phase) in zip(pages, coarse[1], strict=True)
+        ]
+        if not now and self._written == (coarse, workers) and not self._failed:
             return
         self._written, self._at = (coarse, workers), moment
         masters = {os.getpid(), *(pid for _, pid in draining)}  # each of them is a child of the one before it
@@ -132,8 +130,3 @@ class Status:
             if waiting >= 0:
                 extra = {"metric": "gunicorn.backlog", "value": waiting, "mtype": "histogram"}
                 arbiter.log.debug(f"socket backlog: {waiting}", extra=extra)
-
-
-def _some(found: list[T], in_flight: int) -> tuple[tuple[T, ...], int]:
-    """The oldest ones, and how many there are; the number is from a later look."""
-    return tuple(found[:LISTED]), max(len(found), in_flight)

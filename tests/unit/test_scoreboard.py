@@ -138,6 +138,19 @@ def test_threads_that_need_more_slots_at_once_lose_none():
     page.close()
 
 
+def test_the_oldest_are_listed_where_not_all_are(page):
+    slots = [page.begin("GET", f"/{number}") for number in range(4)]
+    jobs = [page.job_begin(number, "task", f"job {number}") for number in range(3)]
+    page.end(slots[0])
+    page.job_end(jobs[0], Outcome.SUCCEEDED)
+    page.begin("GET", "/new")  # in the first slot again
+    page.job_begin(9, "task", "new")
+    assert [each.path for each in page.requests(2)] == ["/1", "/2"]
+    assert [each.path for each in page.requests()] == ["/1", "/2", "/3", "/new"]
+    assert [each.id for each in page.jobs(2)] == [1, 2]
+    assert [each.id for each in page.jobs(3)] == [1, 2, 9]
+
+
 def test_a_slot_is_named_anew(page):
     for number in range(20):
         slot = page.begin("GET" if number % 2 else "DELETE", f"/{number % 3}?{number}")
