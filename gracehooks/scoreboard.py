@@ -103,7 +103,9 @@ _PHASE_SINCE = 104
 _FAILURE_SIZE, _REPORT_SIZE = 112, 120
 _LEAVING = 128
 _REQUEST_SLOTS, _JOB_SLOTS = 136, 144  # how many there are now
-_FAILURE, _FAILURE_ROOM = 152, 1024
+_STANDS_SIZE = 152
+_STANDS, _STANDS_ROOM = 160, 512
+_FAILURE, _FAILURE_ROOM = _STANDS + _STANDS_ROOM, 1024
 #: The most that a report may have, in bytes.
 REPORT_ROOM = 2 << 20
 _REPORT = _FAILURE + _FAILURE_ROOM
@@ -297,6 +299,15 @@ class Page:
     @failure.setter
     def failure(self, text: str) -> None:
         self._set_text(_FAILURE, _FAILURE_ROOM, _FAILURE_SIZE, text)
+
+    @property
+    def stands(self) -> str:
+        """Where the boot stands, when it takes its time; innermost first."""
+        return self._get_text(_STANDS, _STANDS_SIZE)
+
+    @stands.setter
+    def stands(self, text: str) -> None:
+        self._set_text(_STANDS, _STANDS_ROOM, _STANDS_SIZE, text)
 
     @property
     def report(self) -> str:

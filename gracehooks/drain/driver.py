@@ -65,6 +65,8 @@ HAMMER_LATE = 0.15
 THREADS_AT_EXIT = 0.3
 #: How often the sentinel beats in the worker's place while it drains, in seconds.
 BEAT = 0.5
+#: How long a boot may take before the page says where it stands, in seconds.
+LONG_BOOT = 0.5
 #: What a worker that is past its last hook does not listen to any more.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT)
 #: Kinds of jobs that run on while the event loop is blocked.
@@ -84,6 +86,9 @@ class Host(Protocol):
 
     def unread(self) -> int:
         """How many connections have begun to send a request that nobody has read to its end."""
+
+    def stands(self) -> str:
+        """Where the boot stands, in a few words."""
 
     def last_words(self) -> None:
         """Run what the server runs last (gunicorn's `worker_exit` hook), when the worker's own thread is stuck."""
@@ -149,6 +154,7 @@ class Drain:
         #: What runs the phases: the main thread, or the greenlet or task in it that does.
         self.runner: object = self._main
         self._beaten_at = 0.0
+        self._long_boot = Deadline(float("inf"))
         self._descriptor = descriptor
         self._last_resort = LastResort(descriptor if stacks is None else stacks)
         self._sentinel: Sentinel | None = None
@@ -200,6 +206,7 @@ class Drain:
         """Start the sentinel; in the worker process, once."""
         if self._sentinel is None:
             self._last_resort.tell_stacks()
+            self._long_boot = Deadline.after(LONG_BOOT)
             self._sentinel = Sentinel(self, self._sentinel_failed)
             self._sentinel.start()
 
@@ -429,6 +436,8 @@ class Drain:
     def turn(self) -> float:
         """The sentinel's turn: beat, and end what the worker's own thread should have ended; seconds until the next."""
         if not self.leaving:
+            if self.page.phase is Phase.BOOTING and self._long_boot.passed:
+                self.page.stands = self.host.stands()
             return BEAT
         now = time.monotonic()
         phase = self.page.phase

@@ -16,7 +16,7 @@ from typing import Any
 
 from gracehooks.scoreboard import REPORT_ROOM, RequestInFlight
 
-__all__ = ["as_json", "facts", "in_words", "of_faulthandler", "where", "where_is_thread"]
+__all__ = ["as_json", "facts", "in_short", "in_words", "of_faulthandler", "where", "where_is_thread"]
 
 #: The innermost frames that a report shows of one stack.
 FRAMES = 12
@@ -93,7 +93,27 @@ def _frames_of(frame: FrameType | None) -> list[tuple[str, int, str]]:
     return found
 
 
+def in_short(thread: int, others: Iterable[Any] = ()) -> str:
+    """Where the first of `others`, tasks or greenlets, stands that is in an application's code, else the thread.
+
+    Three frames on one line, innermost first; "" where none is.
+    """
+    for found in (*map(_frames_of_other, others), _frames_of(sys._current_frames().get(thread))):
+        frames = [each for each in _of_application(found) if not each[0].startswith("<frozen ")]
+        if frames and not frames[0][0].endswith(os.sep + "selectors.py"):  # a loop that waits for the tasks
+            return " < ".join(_in_lines(frames[:3]).splitlines())
+    return ""
+
+
+def _frames_of_other(each: Any) -> list[tuple[str, int, str]]:
+    return _frames_of_task(each) if hasattr(each, "get_coro") else _frames_of(getattr(each, "gr_frame", None))
+
+
 def _of_task(task: Any) -> str:
+    return _lines(_frames_of_task(task))
+
+
+def _frames_of_task(task: Any) -> list[tuple[str, int, str]]:
     """The coroutines of a task, innermost first: each frame awaits the one before it."""
     found: list[tuple[str, int, str]] = []
     awaited = task.get_coro()
@@ -111,7 +131,7 @@ def _of_task(task: Any) -> str:
             or getattr(awaited, "gi_yieldfrom", None)
             or getattr(awaited, "ag_await", None)
         )
-    return _lines(found[::-1])
+    return found[::-1]
 
 
 def _lines(found: list[tuple[str, int, str]]) -> str:

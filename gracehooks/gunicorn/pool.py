@@ -134,14 +134,19 @@ class Pool:
                 yield pid, worker
 
     def progress(self) -> dict[str, Any]:
-        """How many of the workers that there will be are ready, and which they are."""
+        """How many of the workers that there will be are ready, which they are, and where one of the others stands."""
         mine = [(pid, worker) for pid, worker in self.members() if worker.page.ready]
         return {
             "ready": min(len(mine), self._arbiter.num_workers),
             "workers": self._arbiter.num_workers,
             "pids": [pid for pid, _ in self.members()],
             "serving": [pid for pid, _ in mine],
+            "stands": self.stands(),
         }
+
+    def stands(self, cohort: int | None = None) -> str:
+        """Where one of the workers stands that take long to boot; empty where none does."""
+        return next((at for _, each in self.members(cohort) if not each.page.ready and (at := each.page.stands)), "")
 
     # -- births --------------------------------------------------------------------------------------------------
     def spawn(self, cohort: int) -> int:

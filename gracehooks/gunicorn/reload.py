@@ -91,6 +91,10 @@ class CohortHost:
         workers = [worker for _, worker in self._grace.pool.members(self.cohort)]
         return sum(worker.page.ready for worker in workers), len(self._workers)
 
+    def stands(self) -> str:
+        """Where one of the new workers stands that are not ready."""
+        return self._grace.pool.stands(self.cohort)
+
     def facts(self) -> Iterator[Fact]:
         """What became of the child, then of the new workers."""
         if self._probe:

@@ -98,6 +98,7 @@ class ReexecHost:
         self._stderr = -1
         self._said = b""
         self._ready, self._workers = 0, 0
+        self._stands = ""
         self._served: set[int] = set()
         self._serving: set[int] = set()
         self._failure = ""
@@ -219,6 +220,10 @@ class ReexecHost:
         """How many new workers are ready, and how many there will be."""
         return self._ready, self._workers
 
+    def stands(self) -> str:
+        """Where one of the workers stands that are not ready."""
+        return self._stands
+
     def ended(self, status: int) -> None:
         """The arbiter has reaped the successor."""
         self._status = status
@@ -244,6 +249,7 @@ class ReexecHost:
                 self._served.update(message.get("pids", ()))
                 self._serving.update(message.get("serving", ()))
                 self._ready, self._workers = message["ready"], message["workers"]
+                self._stands = str(message.get("stands", ""))
                 if said == "ready":
                     self._when = "in its probation"
                     yield Fact(Happened.ALL_READY)

@@ -40,6 +40,9 @@ class Host(Protocol):
     def numbers(self) -> tuple[int, int]:
         """How many new workers are ready, and how many there will be."""
 
+    def stands(self) -> str:
+        """Where one of the new workers stands that are not ready, in a few words; empty where nobody knows."""
+
     def commit(self) -> None:
         """Tell the successor to take over."""
 
@@ -162,7 +165,8 @@ class Driver:
         ready, workers = self._host.numbers() if self._host else (0, 0)
         if self.state is State.BOOTING:
             found = f"{ready} of {workers} workers were ready" if workers else "no worker was ready"
-            return f"hung for {self._settings.ready_timeout:g} s while booting ({found})"
+            at = self._host.stands() if self._host else ""
+            return f"hung for {self._settings.ready_timeout:g} s while booting ({found}){at and f', at {at}'}"
         if self.state is State.COMMITTING:
             return f"did not take over within {self._settings.ready_timeout:g} s"
         return ""

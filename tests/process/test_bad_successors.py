@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.kit import Late, Server, apps, eventually, load, serve
+from tests.kit.classes import CLASSES, LOOPS
 from tests.kit.processes import children
 
 STOCK = "on_starting = gracehooks.on_starting\n"
@@ -279,3 +280,38 @@ def test_a_pidfile_that_cannot_be_written_and_a_full_disk_roll_back():
         successor = int((server.dir / "pids" / "gunicorn.pid").read_text())
         server.signal("TERM", successor)
         server.wait_gone(successor)
+
+
+LIFESPAN = """
+import asyncio
+
+
+async def connect():
+    await asyncio.sleep(600)
+
+
+async def app(scope, receive, send):
+    assert scope["type"] == "lifespan"
+    await receive()
+    await connect()
+"""
+
+
+@pytest.mark.parametrize("worker", CLASSES)
+def test_a_release_that_hangs_says_where(worker: str):
+    """In an upgrade and in a reload: the import, and what a lifespan waits for."""
+    hangs = [("def settings():\n    import time\n    time.sleep(600)\nsettings()\n", "app.py:3 in settings < ")]
+    if worker in LOOPS:
+        hangs.append((LIFESPAN, "app.py:6 in connect < "))
+    good = apps.ASGI if worker in LOOPS else apps.WSGI
+    with serve(good, "gracehooks.configure(ready_timeout=5)\n", worker=worker, workers=2) as server:
+        for source, at in hangs:
+            server.write("app.py", source)
+            for replace in (server.upgrade, server.reload):
+                verdict = replace()
+                assert verdict["event"] == "UpgradeRolledBack"
+                place = verdict["reason"].partition("hung for 5 s while booting (0 of 2 workers were ready), at ")[2]
+                assert at in place, verdict
+        server.write("app.py", good)
+        good_upgrade(server)
+        assert server.stop() == 0

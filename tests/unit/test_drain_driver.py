@@ -29,6 +29,9 @@ class Host:
         self.said: list[str] = []
         self.not_read = 0
 
+    def stands(self) -> str:
+        return "views.py:3 in <module>"
+
     def beat(self) -> None:
         self.said.append("beat")
 
@@ -188,6 +191,16 @@ def test_the_end_of_the_master_makes_it_final(monkeypatch: pytest.MonkeyPatch) -
     assert drain.final
     assert drain.orphan
     assert drain._last_resort.descriptor == 2, "nobody is left who would read the page's file"
+
+
+def test_a_boot_that_takes_long_says_where_it_stands() -> None:
+    drain = make()
+    drain.page.phase = Phase.BOOTING
+    drain.turn()
+    assert not drain.page.stands
+    drain._long_boot = Deadline.after(0)
+    drain.turn()
+    assert drain.page.stands == "views.py:3 in <module>"
 
 
 def test_a_lame_duck_order_changes_the_phase_and_nothing_else() -> None:

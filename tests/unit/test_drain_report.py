@@ -111,6 +111,28 @@ def test_what_has_no_slot_is_in_the_report_before_what_has_one() -> None:
     assert len(json.loads(report.as_json([], [job] * 60_000, "job_timeout"))["jobs"]) > 5000
 
 
+def test_where_a_boot_stands_in_short() -> None:
+    async def connect() -> None:
+        await asyncio.sleep(60)
+
+    async def lifespan() -> None:
+        await connect()
+
+    async def look() -> tuple[str, str]:
+        task = asyncio.ensure_future(lifespan())
+        await asyncio.sleep(0)
+        found = report.in_short(0, [task]), report.in_short(0, [asyncio.current_task()])
+        task.cancel()
+        return found
+
+    waits, _ = asyncio.run(look())
+    assert " in sleep < " in waits
+    assert " in connect < " in waits
+    assert waits.endswith(" in lifespan")
+    assert "in test_where_a_boot_stands_in_short" in report.in_short(threading.get_ident())
+    assert report.in_short(0) == ""
+
+
 def test_what_faulthandler_wrote_in_our_words() -> None:
     written = """Fatal Python error: Segmentation fault
 

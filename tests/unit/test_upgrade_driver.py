@@ -49,6 +49,9 @@ class FakeHost:
         while self.news:
             yield self.news.pop(0)
 
+    def stands(self) -> str:
+        return "views.py:3 in <module>"
+
     def numbers(self) -> tuple[int, int]:
         return self.ready, self.workers
 
@@ -163,7 +166,9 @@ def test_a_hang_is_told_with_the_number_of_ready_workers(case: Case):
     case.later(0.2)
     assert case.driver.state is State.ROLLING_BACK
     case.happens(Happened.DIED)
-    assert case.records[0]["reason"] == "hung for 10 s while booting (1 of 2 workers were ready)"
+    assert case.records[0]["reason"] == (
+        "hung for 10 s while booting (1 of 2 workers were ready), at views.py:3 in <module>"
+    )
 
 
 def test_a_successor_that_does_not_take_over_is_rolled_back(case: Case):

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from gunicorn.http.message import Message
 
 from gracehooks import jobs
+from gracehooks.drain import report
 from gracehooks.drain.driver import Drain
 from gracehooks.gunicorn.workers.attached import Attached
 from gracehooks.jobs import tracker
@@ -257,6 +258,10 @@ class Drained(Attached):
     def unread(self) -> int:
         """How many connections have begun to send a request that was not read to its end; a class that knows says it."""
         return 0
+
+    def stands(self) -> str:
+        """Where the boot stands: the main thread, which imports the application."""
+        return report.in_short(threading.main_thread().ident or 0)
 
     def last_words(self) -> None:
         """What `spawn_worker` does last, in the place of a main thread that is stuck."""

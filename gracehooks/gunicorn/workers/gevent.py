@@ -10,6 +10,7 @@ gevent's `StreamServer.do_read`, `do_handle` and `full`, and on `cancel_wait` (t
 
 from __future__ import annotations
 
+import threading
 import time
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from gunicorn.sock import ssl_context
 from gunicorn.workers import ggevent
 from gunicorn.workers.base import Worker as StockWorker
 
+from gracehooks.drain import report
 from gracehooks.gunicorn.workers.drained import Drained, announce
 from gracehooks.gunicorn.workers.http2 import end_well
 from gracehooks.gunicorn.workers.sockets import (
@@ -188,8 +190,18 @@ class GeventWorker(Drained, Stock):
         #: Requests that had begun to arrive, and had not arrived when the drain's time was over.
         self.given_up = 0
         self._servers: list[Any] = []
+        self._boots: Any = None
         self._awake: Any = None
         self._alarm: Any = None
+
+    def load_wsgi(self) -> None:
+        """Load the application, in a greenlet that waits where the application does."""
+        self._boots = gevent.getcurrent()
+        super().load_wsgi()
+
+    def stands(self) -> str:
+        """Where the boot stands: its greenlet, or the thread when that one runs."""
+        return report.in_short(threading.main_thread().ident or 0, [self._boots])
 
     # -- serving -----------------------------------------------------------------------------------------------------
     def run(self) -> None:

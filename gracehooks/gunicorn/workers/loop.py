@@ -17,13 +17,14 @@ import asyncio
 import select
 import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from gracehooks import jobs, requests
-from gracehooks.drain import cleanup
+from gracehooks.drain import cleanup, report
 from gracehooks.gunicorn.workers import ready
 from gracehooks.gunicorn.workers.calls import Application, Call, Calls
 from gracehooks.gunicorn.workers.departure import Side, State, depart
@@ -273,6 +274,11 @@ class LoopWorker(Drained):
         ):
             found[-(1 << 62) - number] = (RequestInFlight(method, path, now, counted=False), None)
         return found
+
+    def stands(self) -> str:
+        """Where the boot stands: the lifespan's task, else the thread that imports."""
+        loop = getattr(self, "event_loop", None)
+        return report.in_short(threading.main_thread().ident or 0, asyncio.all_tasks(loop) if loop is not None else ())
 
     # -- signals -----------------------------------------------------------------------------------------------------
     def take_hammer(self, reason: str, hook: Any) -> None:
