@@ -30,9 +30,9 @@ _SERVERS = tuple(
         "/threading.py",
         "/concurrent/futures/thread.py",
         "/asyncio/",
-        "/site-packages/gunicorn/",
-        "/site-packages/uvicorn",
-        "/site-packages/gevent/",
+        "-packages/gunicorn/",  # site-packages, and Debian's dist-packages
+        "-packages/uvicorn",
+        "-packages/gevent/",
         "/gracehooks/gunicorn/",
         "/gracehooks/jobs/",
         "/bin/gunicorn",
@@ -40,6 +40,8 @@ _SERVERS = tuple(
         "gevent/_",
     )
 )
+#: The same packages, where they are installed elsewhere.
+_SERVER_PACKAGES = ("gunicorn", "uvicorn", "uvicorn_worker", "gevent")
 #: What looks at a stack from its top, where a signal handler writes the report of the very thread that it interrupted.
 _ONLOOKERS = tuple(part.replace("/", os.sep) for part in ("/gracehooks/drain/", "/gracehooks/gunicorn/"))
 #: A frame as `faulthandler` writes it.
@@ -141,11 +143,17 @@ def _lines(found: list[tuple[str, int, str]]) -> str:
 def _of_application(found: list[tuple[str, int, str]]) -> list[tuple[str, int, str]]:
     # How the thread came to the application is the same for every request, and tells nobody anything.
     frames = list(found)
-    while frames and any(part in frames[-1][0] for part in _SERVERS):
+    directories = _directories()
+    while frames and (any(part in frames[-1][0] for part in _SERVERS) or frames[-1][0].startswith(directories)):
         frames.pop()
     while frames and any(part in frames[0][0] for part in _ONLOOKERS):
         frames.pop(0)
     return frames
+
+
+def _directories() -> tuple[str, ...]:
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in _SERVER_PACKAGES)
+    return tuple(os.path.dirname(file) + os.sep for file in files if file)
 
 
 def _in_lines(frames: list[tuple[str, int, str]]) -> str:
