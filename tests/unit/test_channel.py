@@ -33,6 +33,20 @@ def test_messages_arrive_whole_and_in_order(pair):
     assert not channel.closed
 
 
+def test_a_report_of_some_megabytes_arrives_whole():
+    left, right = map(Channel, socket.socketpair())
+    lost = [{"method": "GET", "path": f"/{number:0100}", "age": 1.0} for number in range(40_000)]
+    left.send(say="lost", lost=lost)
+    heard = []
+    while not heard:
+        left.flush()
+        heard = right.receive()
+        assert not right.closed
+    assert heard == [{"say": "lost", "lost": lost}]
+    left.close()
+    right.close()
+
+
 def test_both_ends_talk():
     left, right = map(Channel, socket.socketpair())
     left.send(say="commit", phases={"booting": 0.5})

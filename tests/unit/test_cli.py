@@ -238,6 +238,21 @@ def test_somebody_elses_refusal_is_not_ours(fake):
     assert upgrade(fake) == 0
 
 
+def test_a_refusal_that_is_written_between_two_looks_is_not_ours(fake, monkeypatch):
+    watch = Watch.begin(Instance(fake.directory), "upgrade", {})
+    status, fake_status = Instance.status, fake.status
+
+    def slowly(instance):
+        found = status(instance)
+        fake_status(upgrade=UPGRADE)
+        fake.record(id="other", kind="upgrade", outcome="refused", reason="one is under way")
+        return found
+
+    monkeypatch.setattr(Instance, "status", slowly)
+    assert watch.look()[0] == ""
+    assert watch.look()[0] == ""
+
+
 def test_what_a_worker_loses_meanwhile_is_no_verdict(fake):
     def then():
         fake.record(id="w", kind="worker", outcome="forced", reason="worker 7: killed by SIGKILL")
