@@ -177,33 +177,32 @@ class Page:
         """Where the jobs' slots begin, in words."""
         return range(self._jobs_at // 8, (self._jobs_at + self._get(_JOB_SLOTS) * _JOB_SIZE) // 8, _JOB_SIZE // 8)
 
-    def _more_requests(self) -> None:
-        """Make more slots; the master knows of them before they are used."""
+    def _more_requests(self) -> bool:
+        """Make more slots, and give whether there are any; the master knows of them before they are used."""
         before = len(self._states)
         self._set(_REQUEST_SLOTS, min(before + self._steps[0], self._most[0]))
         added = self._states[before:]
         self._entries.update((slot, ["", "", 257]) for slot in added)
         self._free_requests[:0] = added[::-1]
+        return bool(added)
 
-    def _more_jobs(self) -> None:
+    def _more_jobs(self) -> bool:
         before = len(self._job_states)
         self._set(_JOB_SLOTS, min(before + self._steps[1], self._most[1]))
         added = self._job_states[before:]
         self._jobs_named.update(dict.fromkeys(added, ("", "")))
         self._free_jobs[:0] = added[::-1]
+        return bool(added)
 
-    def _one_of(self, free: list[int], more: Callable[[], None]) -> int:
+    def _one_of(self, free: list[int], more: Callable[[], bool]) -> int:
         """A slot of `free`, where that was empty: of those that `more` makes, -1 when it makes none."""
         with self._lock:
-            for _ in range(2):
+            while free or more():
                 try:
                     return free.pop()
                 except IndexError:
-                    more()
-            try:
-                return free.pop()
-            except IndexError:
-                return -1
+                    continue  # others were quicker, who need no lock
+        return -1
 
     @property
     def size(self) -> int:

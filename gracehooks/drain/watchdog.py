@@ -80,7 +80,7 @@ class Stacks:
         """In a child that a worker has forked: what `faulthandler` writes there is not the worker's, and goes to stderr."""
         if self.descriptor is not None:
             try:
-                os.dup2(2, self.descriptor)
+                os.dup2(2, self.descriptor, inheritable=False)
             except OSError:
                 pass  # there is no stderr
 

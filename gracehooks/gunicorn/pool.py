@@ -73,19 +73,10 @@ class Departure:
     forced: bool = False
     #: By when it must know that it was told, or nothing in it runs any more; endless for a class that does not say so.
     heard: Deadline = field(default_factory=lambda: Deadline(float("inf")))
-    asked: Asked | None = None  #: for its stacks, since it does not know
 
     def overdue(self, *, ready: bool, leaving: bool) -> bool:
         """Whether the worker must be killed now; `ready` and `leaving` are what its page says."""
         return self.deadline.passed or (ready and not leaving and self.heard.passed)
-
-
-@dataclass
-class Abort:
-    """A worker that gunicorn has timed out: until when it is left alone."""
-
-    left_alone: Deadline
-    asked: Asked | None = None  #: for its stacks, since its own handler has not run
 
 
 @dataclass
@@ -107,7 +98,6 @@ class Pool:
         #: A reload brings a new cohort; only one of them serves when it is over.
         self.cohort = 0
         self.leaving: dict[int, Departure] = {}
-        self._aborts: dict[int, Abort] = {}
         self.recycling: dict[int, int] = {}  #: old worker: its replacement
         self.orphans: dict[int, tuple[int, Deadline]] = {}  #: of a killed successor: start time, bound
         self.ended = Losses()
@@ -120,7 +110,8 @@ class Pool:
     @property
     def busy(self) -> bool:
         """Whether something is awaited that no signal announces."""
-        return bool(self.leaving or self._aborts or self.recycling or self.orphans) or self._held_back
+        timed_out = any(worker.aborted for worker in self._arbiter.WORKERS.values())
+        return bool(self.leaving or timed_out or self.recycling or self.orphans) or self._held_back
 
     @property
     def _held_back(self) -> bool:
@@ -260,9 +251,7 @@ class Pool:
                     departure.deadline = Deadline.after(self._master.settings.leave_budget + MARGIN)
                 else:
                     if not departure.deadline.passed:
-                        if STACKS and departure.asked is None:
-                            departure.asked = Asked(pid, worker)
-                        if departure.asked is not None and not departure.asked.answered:
+                        if not self._told_stacks(pid, worker, "SIGTERM"):
                             continue
                         departure.reason += "; nothing in it has run since: a call in C holds it"
                     self._kill(pid, departure)
@@ -277,26 +266,32 @@ class Pool:
 
     def timed_out(self, pid: int) -> None:
         """gunicorn has sent SIGABRT to a worker that gave no heartbeat for `timeout`: it has a moment for its report."""
-        self._aborts[pid] = Abort(Deadline.after(ABORTS_WITHIN))
+        worker = self._arbiter.WORKERS.get(pid)
+        if worker is not None:
+            worker.left_alone = Deadline.after(ABORTS_WITHIN)
 
     def may_kill(self, pid: int) -> bool:
         """Whether SIGKILL is due to a worker that gunicorn has timed out; asks for its stacks before.
 
         gunicorn would send it at its next turn, and the next turn comes when another worker has ended.
         """
-        abort, worker = self._aborts.get(pid), self._arbiter.WORKERS.get(pid)
-        if abort is None or worker is None:
+        worker = self._arbiter.WORKERS.get(pid)
+        if worker is None or worker.left_alone is None:
             return True
-        if not abort.left_alone.passed:
-            return False
+        return worker.left_alone.passed and self._told_stacks(pid, worker, "SIGABRT")
+
+    def _told_stacks(self, pid: int, worker: Any, signal_name: str) -> bool:
+        """Whether it has written its stacks, or will not; asks for them, once, since it has not heard the signal."""
         if not STACKS or not (getattr(worker, "drains", False) and worker.page.ready):
             return True
-        if abort.asked is None:
+        if worker.asked is None:
             self._arbiter.log.error(
-                "gracehooks: worker %s has not heard SIGABRT: a call in C holds it, or the process is stopped", pid
+                "gracehooks: worker %s has not heard %s: a call in C holds it, or the process is stopped; SIGKILL follows",
+                pid,
+                signal_name,
             )
-            abort.asked = Asked(pid, worker)
-        return abort.asked.answered
+            worker.asked = Asked(pid, worker)
+        return bool(worker.asked.answered)
 
     def see_out(self, pid: int) -> None:
         """A worker of a successor that was killed serves still: it finishes what it has, within the leave budget."""
@@ -345,7 +340,6 @@ class Pool:
         arbiter, page = self._arbiter, worker.page
         arbiter.WORKERS.pop(pid, None)
         departure = self.leaving.pop(pid, None)
-        self._aborts.pop(pid, None)
         self.recycling.pop(pid, None)
         how = processes.describe_status(status)
         if status or (departure is not None and departure.forced):

@@ -51,15 +51,15 @@ class Status:
         state = state or self.state()
         pages = [(pid, worker.page) for pid, worker in self._arbiter.WORKERS.items()]
         draining = [(each.generation, each.pid) for each in master.takeover.alive()]
-        coarse = (state, [(pid, page.phase) for pid, page in pages], draining, repr(master.driver.last))
+        phases = {pid: page.phase for pid, page in pages}
+        coarse = (state, phases, draining, repr(master.driver.last))
         moment = time.monotonic()
         # A disk that is full is asked again, but not at each turn either.
         patient = self._failed or (self._written is not None and coarse == self._written[0])
         if not now and patient and moment - self._at < AT_MOST_EVERY:
             return
         workers = [
-            (pid, phase, page.requests(LISTED), page.in_flight, page.jobs(LISTED), page.jobs_in_flight)
-            for (pid, page), (_, phase) in zip(pages, coarse[1], strict=True)
+            (pid, page.requests(LISTED), page.in_flight, page.jobs(LISTED), page.jobs_in_flight) for pid, page in pages
         ]
         if not now and self._written == (coarse, workers) and not self._failed:
             return
@@ -82,7 +82,7 @@ class Status:
                 "workers": [
                     {
                         "pid": pid,
-                        "phase": phase.name.lower(),
+                        "phase": phases[pid].name.lower(),
                         "requests": [
                             {"method": each.method, "path": each.path, "age": round(each.age, 3)} for each in requests
                         ],
@@ -93,7 +93,7 @@ class Status:
                         "requests_in_flight": requests_in_flight,
                         "jobs_in_flight": jobs_in_flight,
                     }
-                    for pid, phase, requests, requests_in_flight, jobs, jobs_in_flight in workers
+                    for pid, requests, requests_in_flight, jobs, jobs_in_flight in workers
                 ],
                 "upgrade": master.driver.last or None,
                 "at": round(time.time(), 3),

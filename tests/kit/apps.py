@@ -9,7 +9,34 @@ ASGI one of few lines.
 
 import textwrap
 
-__all__ = ["ASGI", "WSGI", "reading"]
+from tests.kit.classes import LOOPS
+
+__all__ = ["ASGI", "HOLD_THE_GIL", "LIFESPAN", "WSGI", "answering", "reading"]
+
+#: A lifespan that has nothing to do, for an ASGI application of a test's own.
+LIFESPAN = """
+
+async def lifespan(receive, send):
+    while True:
+        message = await receive()
+        await send({"type": message["type"] + ".complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+"""
+
+#: `hold_the_gil()`, for ever.
+HOLD_THE_GIL = """
+import ctypes
+
+MUTEX = ctypes.create_string_buffer(64)
+
+
+def hold_the_gil():
+    library = ctypes.PyDLL(None)
+    library.pthread_mutex_lock(MUTEX)
+    library.pthread_mutex_lock(MUTEX)  # no signal ends that
+
+"""
 
 _COMMON = """
 import itertools
@@ -95,6 +122,7 @@ def app(environ, start_response):
 
 ASGI = (
     _COMMON
+    + LIFESPAN
     + """
 import asyncio
 
@@ -104,14 +132,6 @@ TASKS = set()
 async def work_task(seconds, done):
     await asyncio.sleep(seconds)
     done.write_text("done")
-
-
-async def lifespan(receive, send):
-    while True:
-        message = await receive()
-        await send({"type": message["type"] + ".complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
 
 
 async def app(scope, receive, send):
@@ -163,23 +183,48 @@ async def app(scope, receive, send):
 )
 
 
+_ANSWERING_WSGI = """
+def app(environ, start_response):
+    body = answer(environ["PATH_INFO"][1:]).encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+_ANSWERING_ASGI = (
+    LIFESPAN
+    + """
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return await lifespan(receive, send)
+    body = answer(scope["path"][1:]).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+"""
+)
+
+
+def answering(worker: str) -> str:
+    """The rest of a source that has `answer(path)`, which gives a text: the application for the class `worker`."""
+    return _ANSWERING_ASGI if worker in LOOPS else _ANSWERING_WSGI
+
+
 def reading(between: str = "") -> str:
     """An ASGI application that reads the body of its request, as frameworks do, and answers "ok" after the lines `between`."""
     return _READING.replace("    # between\n", textwrap.indent(textwrap.dedent(between).lstrip("\n"), "    "))
 
 
-_READING = """
+_READING = (
+    LIFESPAN
+    + """
 import asyncio, os, signal, time
 
 async def app(scope, receive, send):
-    while scope["type"] == "lifespan":
-        message = await receive()
-        await send({"type": message["type"] + ".complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
+    if scope["type"] == "lifespan":
+        return await lifespan(receive, send)
     while (await receive())["more_body"]:
         pass
     # between
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 """
+)

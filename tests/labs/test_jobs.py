@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import Late, Server, eventually, needs, serve
+from tests.kit import Late, Server, apps, eventually, needs, serve
 from tests.kit import processes as seen
 from tests.kit.classes import CLASSES, LOOPS
 
@@ -233,22 +233,10 @@ def consume(token):
                 token.wait(0.05)
 
 
-"""
-RUNNER_WSGI = """
-def app(environ, start_response):
-    start_response("200 OK", [("Content-Length", "2")])
-    return [b"ok"]
-"""
-RUNNER_ASGI = """
-async def app(scope, receive, send):
-    if scope["type"] == "lifespan":
-        while True:
-            message = await receive()
-            await send({"type": message["type"] + ".complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
+def answer(path):
+    return "ok"
+
+
 """
 WORK = f"""
 echo "$1 begun" >> "$2"
@@ -329,7 +317,7 @@ def test_no_message_stays_half_done(
 ) -> None:
     done = tmp_path / "done.txt"
     env = {"REDIS_PORT": str(port), "DONE": str(done)}
-    app = RUNNER + (RUNNER_ASGI if worker in LOOPS else RUNNER_WSGI)
+    app = RUNNER + apps.answering(worker)
     with serve(app, PATIENT, worker=worker, env=env, files={"work.sh": WORK}) as server:
         with Messages(client) as messages:
             eventually(lambda: done.exists() and done.read_text().count("done") > 5)
@@ -377,7 +365,9 @@ def test_supervisorctl_restart_with_stopasgroup(repeat: int, port: int, client: 
     env = {"REDIS_PORT": str(port), "DONE": str(done), "PATH": path, "PYTHON": sys.executable}
     command = [sys.executable, "-m", "supervisor.supervisord", "-c", "supervisord.conf"]
     files = {"work.sh": WORK, "supervisord.conf": SUPERVISORD}
-    with serve(RUNNER + RUNNER_WSGI, PATIENT, env=env, files=files, command=command, answers=None) as server:
+    with serve(
+        RUNNER + apps.answering("gracehooks.Worker"), PATIENT, env=env, files=files, command=command, answers=None
+    ) as server:
 
         def control(*words: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(

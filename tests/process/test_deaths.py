@@ -69,17 +69,15 @@ def app(environ, start_response):
     start_response("200 OK", [("Content-Length", "2")])
     return [b"ok"]
 """
-ASGI = """
+ASGI = (
+    apps.LIFESPAN
+    + """
 LARGE = b"x" * (32 << 20)
 
 
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":
-        while True:
-            message = await receive()
-            await send({"type": message["type"] + ".complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
+        return await lifespan(receive, send)
     path = scope["path"].strip("/")
     starts(path)
     while path.startswith("wait") and not (HERE / "go").exists():
@@ -88,6 +86,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 """
+)
 
 
 def source(worker: str) -> str:

@@ -18,29 +18,11 @@ from typing import Any
 
 import pytest
 
-from tests.kit import Server, eventually, serve
+from tests.kit import Server, apps, eventually, serve
 from tests.kit.classes import CLASSES, LOOPS
 
 FULL = "TEST_FULL" in os.environ
 
-WSGI = """
-def app(environ, start_response):
-    body = answer(environ["PATH_INFO"][1:]).encode()
-    start_response("200 OK", [("Content-Length", str(len(body)))])
-    return [body]
-"""
-ASGI = """
-async def app(scope, receive, send):
-    if scope["type"] == "lifespan":
-        while True:
-            message = await receive()
-            await send({"type": message["type"] + ".complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
-    body = answer(scope["path"][1:]).encode()
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
-    await send({"type": "http.response.body", "body": body})
-"""
 COMMON = """
 import asyncio, functools, os, signal, subprocess, sys, threading, time
 from pathlib import Path
@@ -61,7 +43,7 @@ def say(line):
 @contextmanager
 def server(worker: str, source: str, config: str = "", workers: int = 1, **more: Any) -> Iterator[Server]:
     """A server whose application answers with `answer(kind)` of `source`."""
-    app = COMMON + source + (ASGI if worker in LOOPS else WSGI)
+    app = COMMON + source + apps.answering(worker)
     with serve(app, config, worker=worker, workers=workers, **more) as running:
         yield running
 

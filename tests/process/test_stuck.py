@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.kit import Server, eventually, serve, within
+from tests.kit import Server, apps, eventually, serve, within
 from tests.kit.classes import CLASSES, LOOPS, WSGI_CLASSES
 from tests.kit.clients import ask
 
@@ -71,7 +71,7 @@ def sample(seed: int) -> list[tuple[Way, str]]:
 CASES = MATRIX if os.environ.get("TEST_FULL") == "1" else sample(int(os.environ.get("TEST_SEED", "0")))
 
 APP = """
-import asyncio, atexit, concurrent.futures, ctypes, os, threading, time
+import asyncio, atexit, concurrent.futures, os, threading, time
 from pathlib import Path
 
 import gracehooks
@@ -86,15 +86,6 @@ if "Gevent" in CLASS:
     from gevent import monkey
 
     real_sleep = monkey.get_original("time", "sleep")
-
-
-MUTEX = ctypes.create_string_buffer(64)
-
-
-def hold_the_gil():
-    library = ctypes.PyDLL(None)
-    library.pthread_mutex_lock(MUTEX)
-    library.pthread_mutex_lock(MUTEX)  # no signal ends that
 
 
 def endless():
@@ -231,7 +222,7 @@ def serving(way: Way, worker: str, config: str, workers: int = 2) -> Iterator[Se
     Where one thread takes the GIL for good, another that has just sent an answer cannot say so any more, and its request
     is in the report too: an answer that was perhaps not sent is never taken for one that was.
     """
-    source = APP + (ASGI if worker in LOOPS else WSGI) % {"other": OTHER}
+    source = apps.HOLD_THE_GIL + APP + (ASGI if worker in LOOPS else WSGI) % {"other": OTHER}
     env = {"WAY": way.name, "CLASS": worker}
     with serve(source, config, worker=worker, workers=workers, env=env, answers=None) as server:
         server.wait_for("ServingStarted")

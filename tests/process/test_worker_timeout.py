@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from tests.kit import Server, eventually, serve, within
-from tests.kit.classes import CLASSES, LOOPS
+from tests.kit import Server, apps, eventually, serve, within
+from tests.kit.classes import CLASSES
 from tests.kit.clients import ask
 
 TIMEOUT = 2
@@ -29,8 +29,10 @@ def worker_abort(worker):
     (HERE / f"aborted-{{worker.pid}}").touch()
 """
 
-COMMON = """
-import asyncio, ctypes, os, time
+COMMON = (
+    apps.HOLD_THE_GIL
+    + """
+import asyncio, os, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -40,42 +42,21 @@ if os.environ["CLASS"] == "gracehooks.GeventWorker":
     real_sleep = monkey.get_original("time", "sleep")
 else:
     real_sleep = time.sleep
-MUTEX = ctypes.create_string_buffer(64)
 
 
-def hold_the_gil():
-    library = ctypes.PyDLL(None)
-    library.pthread_mutex_lock(MUTEX)
-    library.pthread_mutex_lock(MUTEX)  # no signal ends that
-
-
-def starts(path):
+def answer(path):
     (HERE / f"begun-{path}-{os.getpid()}").touch()
     if path.startswith("python"):
         real_sleep(60)
     elif path.startswith("gil"):
         hold_the_gil()
+    return "ok"
 
 
 """
-WSGI = """
-def app(environ, start_response):
-    starts(environ["PATH_INFO"].strip("/"))
-    start_response("200 OK", [("Content-Length", "2")])
-    return [b"ok"]
-"""
-ASGI = """
-async def app(scope, receive, send):
-    if scope["type"] == "lifespan":
-        while True:
-            message = await receive()
-            await send({"type": message["type"] + ".complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
-    starts(scope["path"].strip("/"))
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
-"""
+)
+#: Where the two of them stand, in the application's source.
+PLACES = {"python": ("real_sleep(60)", "answer"), "gil": ("library.pthread_mutex_lock(MUTEX)  # no", "hold_the_gil")}
 #: gunicorn's threads leave the loop alone: there only C that holds the GIL stops it.
 CASES = [
     (way, worker) for way in ("python", "gil") for worker in CLASSES if (way, worker) != ("python", "gracehooks.Worker")
@@ -83,7 +64,14 @@ CASES = [
 
 
 def source(worker: str) -> str:
-    return COMMON + (ASGI if worker in LOOPS else WSGI)
+    return COMMON + apps.answering(worker)
+
+
+def place(way: str) -> str:
+    """As a stack says it."""
+    text, name = PLACES[way]
+    (line,) = (number for number, each in enumerate(COMMON.splitlines(), 1) if text in each)
+    return f"app.py:{line} in {name}"
 
 
 def who(server: Server, path: str) -> int:
@@ -114,14 +102,14 @@ def test_two_workers_whose_loops_stand_still(way: str, worker: str) -> None:
             (lost,) = ended["lost"]["requests"]
             assert (lost["method"], lost["path"]) == ("GET", "/" + path)
             if way == "python":
-                assert "in starts" in lost["where"]
+                assert place(way) in lost["where"]
                 assert (server.dir / f"aborted-{pid}").exists()
             print(way, worker, round(took, 2), lost)
         assert ask(server, "").result(60) == 200
         server.stop()
         assert len(server.wait_for("Stopped")["lost"]["requests"]) == 2
         log = server.log()
-        assert log.count("app.py:18 in hold_the_gil\n" if way == "gil" else "app.py:24 in starts\n") == 2
+        assert log.count(place(way) + "\n") == 2
         assert log.count("has not heard SIGABRT") == (2 if way == "gil" else 0)
         assert "secret" not in (server.state_dir / "history.jsonl").read_text()
 
@@ -145,7 +133,7 @@ def test_a_worker_that_boots_is_not_timed_out(worker: str) -> None:
 while not (HERE / "go").exists():
     real_sleep(0.02)
 """
-    code = COMMON + boots + (ASGI if worker in LOOPS else WSGI)
+    code = COMMON + boots + apps.answering(worker)
     with serve(code, config, worker=worker, workers=1, env={"CLASS": worker}, answers=None) as server:
         eventually((server.dir / "boots").exists, what="the boot")
         assert_quiet(server)

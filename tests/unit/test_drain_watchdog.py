@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from gracehooks.drain.watchdog import Sentinel, native
+from gracehooks.drain.watchdog import Sentinel, Stacks, native
 from tests.kit import Late, eventually
 
 HOLD_THE_GIL = """
@@ -44,6 +45,22 @@ alarm.disarm()
 time.sleep(0.6)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=50, check=False).returncode == 0
+
+
+def test_a_child_of_a_worker_does_not_write_into_its_stacks() -> None:
+    """And what the child starts does not inherit a copy of its stderr."""
+    stacks = Stacks()
+    child = os.fork()
+    if child == 0:
+        stacks.forget()
+        descriptor = stacks.descriptor or 0
+        good = os.path.sameopenfile(descriptor, 2) and not os.get_inheritable(descriptor)
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert stacks.size == 0
+    stacks.close()
+    assert stacks.descriptor is None
+    assert stacks.read() == ""
 
 
 class Watched:

@@ -76,6 +76,9 @@ class Attached:
     close_in_worker: ClassVar[Callable[[], None] | None] = None
     #: Whether the class drains in phases; ours do, a stock class does what gunicorn does.
     drains = False
+    #: The master's: until when a worker that was timed out is left alone, and what was asked of it when it had not heard.
+    left_alone: Any = None
+    asked: Any = None
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
